@@ -1,0 +1,35 @@
+# The Debian base: everything from locked .debs, nothing from nixpkgs, nothing of the host.
+# Arguments as ../../image.nix documents them; returns the parts of an image.
+{ lock, mirrors, system, build, buildNetwork, guest }:
+let
+  fetch = import ./fetch.nix { inherit mirrors; };
+  tools = import ./tools.nix { inherit lock system; inherit (fetch) fetchDeb; };
+  root = import ./root.nix { inherit lock; inherit (fetch) debName fetchDeb; inherit (tools) inTools; };
+  all = [ lock.bootstrap.package lock.kernel ] ++ lock.tools ++ lock.base_packages ++ lock.packages;
+in
+rec {
+  inherit (tools) busybox runBusybox;
+  kernel = import ./kernel.nix { inherit lock; inherit (fetch) fetchDeb; inherit (tools) inTools; };
+  initrd = import ./initrd.nix {
+    inherit (tools) inTools busybox;
+    inherit kernel guest;
+    modules = [
+      "virtio_blk" "virtio_net" "virtio-rng" "virtio_balloon" "virtio_mmio"
+      "vsock" "vmw_vsock_virtio_transport"
+      "overlay" "squashfs" "erofs" "loop"
+    ];
+  };
+  rootImage = root.withBuild { scripts = build; network = buildNetwork; };
+  # What a rebuild needs and a mirror may drop: kept as a garbage collector root beside the image.
+  inputs = tools.runBusybox {
+    name = "nixbox-inputs";
+    debs = map fetch.fetchDeb all;
+    inherit (tools) busybox tools;
+  } ''
+    mkdir $out
+    ln -s $busybox $out/busybox
+    ln -s $tools $out/tools
+    for deb in $debs; do ln -sf $deb $out/; done
+  '';
+  packages = map (p: { inherit (p) name version; }) (lock.base_packages ++ lock.packages);
+}

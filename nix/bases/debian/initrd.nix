@@ -1,0 +1,34 @@
+# The initrd: static busybox, the modules that the guest needs, and the guest's own scripts (nix/guest).
+{ inTools, kernel, busybox, guest, modules }:
+inTools {
+  name = "nixbox-initrd";
+  inherit kernel busybox guest;
+  modules = builtins.concatStringsSep " " modules;
+} ''
+  cd /tmp
+  version=$(cat $kernel/release)
+  mkdir -p m/lib r/bin r/dev r/proc r/sys r/run r/modules r/lower r/overlay r/new r/nixbox
+  ln -s $kernel/modules m/lib/modules
+  cp $busybox/bin/busybox r/bin/
+  ln -s busybox r/bin/sh
+  cp $guest/* r/nixbox/
+  mv r/nixbox/stage1 r/init
+  chmod 755 r/init r/nixbox/*
+  for module in $modules; do
+    modprobe -d m -S $version --show-depends $module || {
+      echo "nixbox: kernel $version has no module $module" >&2
+      exit 1
+    }
+  done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' > list
+  # Numbered in the order in which they must be loaded; unpacked, so that the guest's insmod need not.
+  n=100
+  while read -r file; do
+    n=$((n + 1))
+    case $file in
+      *.xz) xz -dc $file > r/modules/$n-$(basename $file .xz) ;;
+      *) cp $file r/modules/$n-$(basename $file) ;;
+    esac
+  done < list
+  find r -exec touch -hd @1 {} +
+  (cd r; find . | LC_ALL=C sort | cpio --quiet -o -H newc --reproducible -R 0:0) > $out
+''

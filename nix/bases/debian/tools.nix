@@ -1,0 +1,94 @@
+# The build's own programs, all from locked .debs: nothing of the host runs in a build.
+#   busybox   static; the builder of everything here. nixbox adds it to the store under its recorded hash.
+#   tools     a tree of unpacked .debs: mmdebstrap, apt, dpkg, fakeroot, squashfs-tools, …
+#   inTools   runs a bash script chrooted into that tree, as root of a nested user namespace
+{ lock, system, fetchDeb }:
+let
+  epoch = "1700000000"; # SOURCE_DATE_EPOCH: any constant does, it only has to be the same each time
+in
+rec {
+  busybox = derivation {
+    name = "nixbox-busybox";
+    inherit system;
+    deb = fetchDeb lock.bootstrap.package;
+    # Reached only when nixbox has not added the output itself, on a host whose sandbox has a full busybox as
+    # /bin/sh. The output's hash is fixed, so how it is made cannot change what it is.
+    builder = "/bin/sh";
+    args = [
+      "-euc"
+      ''
+        bb=/bin/busybox
+        $bb mkdir -p $out/bin
+        $bb ar p $deb data.tar.xz | $bb xz -dc | $bb tar -xO ./usr/bin/busybox > $out/bin/busybox
+        $bb chmod 555 $out/bin/busybox
+      ''
+    ];
+    outputHashMode = "recursive";
+    outputHashAlgo = "sha256";
+    outputHash = lock.bootstrap.nar_hash;
+  };
+
+  runBusybox = attrs: script: derivation ({
+    inherit system;
+    builder = "${busybox}/bin/busybox";
+    args = [
+      "sh"
+      "-euc"
+      ''
+        bb=${busybox}/bin/busybox
+        $bb mkdir $NIX_BUILD_TOP/.bb
+        $bb --install -s $NIX_BUILD_TOP/.bb
+        export PATH=$NIX_BUILD_TOP/.bb
+        ${script}''
+    ];
+  } // attrs);
+
+  tools = runBusybox { name = "nixbox-debian-tools"; debs = map fetchDeb lock.tools; } ''
+    mkdir -p $out/usr/bin $out/usr/sbin $out/usr/lib $out/usr/lib64
+    for d in bin sbin lib lib64; do ln -s usr/$d $out/$d; done
+    printf '%s\n' $debs | xargs -n1 -P2 sh -euc '
+      member=$(ar t "$1" | grep "^data\.tar")
+      case $member in
+        *.xz) unpack="xz -dc" ;; *.gz) unpack="gzip -dc" ;; *.tar) unpack=cat ;;
+        *) echo "nixbox: cannot unpack $member of $1" >&2; exit 1 ;;
+      esac
+      ar p "$1" "$member" | $unpack | tar -x -o --no-same-permissions -C $out' sh
+    rm -rf $out/usr/share/doc $out/usr/share/man $out/usr/share/locale $out/usr/share/info
+    # What maintainer scripts would have set up as alternatives; none has run here.
+    ln -s mawk $out/usr/bin/awk
+    ln -s fakeroot-sysv $out/usr/bin/fakeroot
+    ln -s faked-sysv $out/usr/bin/faked
+  '';
+
+  inTools = attrs: script: runBusybox ({
+    inherit tools script;
+    SOURCE_DATE_EPOCH = epoch;
+    PYTHONHASHSEED = "0";
+    LC_ALL = "C.UTF-8";
+  } // attrs // { passAsFile = [ "script" ] ++ (attrs.passAsFile or [ ]); }) ''
+    export T=$NIX_BUILD_TOP/.t
+    mkdir $T
+    unshare -Urmpf true || {
+      echo "nixbox: this host forbids nested user namespaces, which the image build needs" >&2
+      exit 1
+    }
+    exec unshare -Urmpf sh -euc '
+      mount -t tmpfs -o mode=755 tmpfs $T
+      for d in usr etc var proc dev tmp nix root run; do mkdir $T/$d; done
+      for d in bin sbin lib lib64; do ln -s usr/$d $T/$d; done
+      mount --bind $tools/usr $T/usr
+      cp -r $tools/etc $tools/var $T/
+      chmod -R u+w $T/etc $T/var
+      printf "root:x:0:0:root:/root:/bin/bash\n" > $T/etc/passwd
+      printf "root:x:0:\n" > $T/etc/group
+      [ -z "''${buildNetwork:-}" ] || cat /etc/resolv.conf > $T/etc/resolv.conf
+      mount -t proc proc $T/proc
+      mount --rbind /dev $T/dev
+      mount --rbind /nix $T/nix
+      mount -t tmpfs -o mode=755 tmpfs $T/tmp
+      mkdir -p $T$NIX_BUILD_TOP
+      mount --rbind $NIX_BUILD_TOP $T$NIX_BUILD_TOP
+      export PATH=/usr/sbin:/usr/bin TMPDIR=/tmp HOME=/root
+      exec chroot $T /bin/bash -euo pipefail $scriptPath'
+  '';
+}

@@ -1,0 +1,43 @@
+# An image from a lock: kernel, initrd, read-only root, image.json.
+#
+#   lock          the parsed nixbox.lock
+#   mirrors       where each repository of the lock is fetched from, e.g. { debian = "http://…/debian"; }
+#   build         [ { origin = "profile dev"; script = "…"; } ]: run in the image build, as root of the image
+#   buildNetwork  true: the build scripts may use the network, and the image is marked as not reproducible
+#
+# Returns { image; inputs; }: the image, and everything that a rebuild needs.
+{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false }:
+let
+  systems = { amd64 = "x86_64-linux"; arm64 = "aarch64-linux"; };
+  system = systems.${lock.arch} or (throw "nixbox: no image for the architecture ${lock.arch}");
+  bases = { debian = ./bases/debian; };
+  base = import (bases.${lock.base} or (throw "nixbox: no base named ${lock.base}")) {
+    inherit lock mirrors system build buildNetwork;
+    guest = ./guest;
+  };
+  meta = builtins.toJSON {
+    format = 1;
+    inherit (lock) arch;
+    base = lock.base;
+    suite = lock.suite or null;
+    requested = lock.requested;
+    build = map (s: s.origin) build;
+    reproducible = !(buildNetwork && build != [ ]);
+    packages = base.packages;
+  };
+in
+{
+  inherit (base) inputs;
+  image = base.runBusybox {
+    name = "nixbox-image";
+    inherit meta;
+    inherit (base) kernel initrd rootImage;
+    passAsFile = [ "meta" ];
+  } ''
+    mkdir $out
+    ln -s $kernel/vmlinux $kernel/bzImage $kernel/release $out/
+    ln -s $initrd $out/initrd
+    ln -s $rootImage $out/root.squashfs
+    cp $metaPath $out/image.json
+  '';
+}

@@ -1,0 +1,5 @@
+"""`python -m nixbox`."""
+
+from nixbox.cli import main
+
+main()

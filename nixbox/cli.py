@@ -1,0 +1,492 @@
+"""The command line: parse, call, render, exit codes. Everything else is in session and below.
+
+stdout is for data, stderr for people. Modules are imported inside the commands that need them: a command pays
+for what it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nixbox.errors import ConfigError, ExitCode, NixboxError
+
+if TYPE_CHECKING:
+    from nixbox.session import Sandbox
+
+app = typer.Typer(
+    name="nixbox",
+    help="One command turns a directory into a microVM whose image Nix built from a lock file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+image_app = typer.Typer(help="List and collect built images.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(image_app, name="image")
+
+
+def _complete_machine(incomplete: str) -> list[str]:
+    """Machine names of the workspace, for shell completion."""
+    from nixbox import paths
+    from nixbox.machine.record import all_machines
+
+    try:
+        workspace = paths.find_workspace(Path.cwd())
+    except NixboxError:
+        return []
+    return [m.name for m in all_machines(workspace) if m.name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        help="A machine of this workspace; default: the workspace's own.", autocompletion=_complete_machine
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]
+
+
+def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
+    from nixbox import report
+    from nixbox.session import Sandbox
+
+    chosen = None
+    if any(value not in (None, (), []) for value in overrides.values()):
+        from nixbox.config.load import Overrides
+
+        chosen = Overrides(**{key: value for key, value in overrides.items() if value is not None})
+    return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=report.for_stderr())
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _pairs(values: list[str] | None, option: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for value in values or []:
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{option} takes NAME=VALUE, not `{name}`", hint="for a host variable: --env-from-host")
+        pairs.append((name, text))
+    return tuple(pairs)
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Option(help="The name of the machine; default: the directory's.")] = None,
+    base: Annotated[str, typer.Option(help="debian or nixpkgs.")] = "debian",
+) -> None:
+    """Make this directory a workspace: write a commented .nixbox/config.toml."""
+    from nixbox.config import scaffold
+
+    path = scaffold.init(Path.cwd(), name=name, base=base)
+    print(f"wrote {path.relative_to(Path.cwd())}; next: nixbox up", file=sys.stderr)
+
+
+@app.command()
+def up(
+    name: Name = None,
+    profile: Profile = None,
+    cpus: Annotated[int | None, typer.Option("--cpus", help="vCPUs instead of the config's.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Memory, e.g. 4GiB.")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE for the guest.")] = None,
+    env_from_host: Annotated[
+        list[str] | None, typer.Option("--env-from-host", help="Hand this host variable to the guest.")
+    ] = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring the machine up: lock, build, boot, set up."""
+    box = _sandbox(
+        name,
+        profile=profile,
+        vcpus=cpus,
+        memory=memory,
+        env=_pairs(env, "--env"),
+        env_from_host=tuple(env_from_host or ()),
+    )
+    if dry_run:
+        _dry_run(box, as_json)
+        return
+    done = box.up(locked=locked)
+    box.report.done()
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(done) | {"image": str(done.image)})
+    else:
+        seconds = sum(done.phases.values())
+        how = "is running" if done.how == "running" else f"is up ({done.accelerator}, {seconds:.1f} s)"
+        print(f"`{done.name}` {how}: nixbox shell, nixbox run -- CMD", file=sys.stderr)
+    if done.failed_scripts:
+        raise NixboxError(f"the machine is up, but {len(done.failed_scripts)} of its scripts failed")
+
+
+def _dry_run(box: Sandbox, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from nixbox.config.load import resolve_env
+    from nixbox.image import build, ensure
+    from nixbox.machine import accelerator
+
+    loaded = box.load()
+    plan = box.plan(loaded)
+    resolve_env(loaded.settings, os.environ)
+    why = ensure.stale(box.workspace, plan.image)
+    lock = ensure.lock_path(box.workspace)
+    image = None if why else build.built(build.key(plan.image, lock.read_text()))
+    choice = accelerator.choose(plan.machine.accelerator)
+    state = "running" if box.machine.alive() else "stopped" if box.machine.exists() else "new"
+    if as_json:
+        _print_json(
+            {
+                "machine": asdict(plan.machine) | {"state": state, "chosen_accelerator": choice.accelerator},
+                "image": asdict(plan.image) | {"built": str(image.path) if image else None, "relock": why},
+                "notices": list(plan.notices),
+            }
+        )
+        return
+    spec = plan.machine
+    print(f"machine      {spec.name} ({state})")
+    print(f"lock         {'would be made: ' + why if why else 'fits the config'}")
+    print(f"image        {image.path if image else 'would be built'}")
+    print(f"accelerator  {choice.accelerator}: {choice.reason}")
+    print(f"resources    {spec.vcpus} vCPUs, {spec.memory_mib} MiB memory, {spec.disk_mib} MiB disk")
+    print(f"env          {', '.join(spec.env_names) or '-'}")
+    for notice in plan.notices:
+        print(f"note         {notice}")
+
+
+@app.command()
+def down(name: Name = None) -> None:
+    """Stop the machine; its files stay."""
+    box = _sandbox(name)
+    how = box.down()
+    words = {"not running": "was not running", "powered off": "is down"}
+    print(f"`{box.machine.name}` {words.get(how, f'is down ({how})')}", file=sys.stderr)
+
+
+@app.command()
+def shell(name: Name = None) -> None:
+    """A login shell in the guest."""
+    _sandbox(name).shell()
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False})
+def run_command(
+    command: Annotated[list[str], typer.Argument(help="The command and its arguments, after `--`.")],
+    machine: Annotated[
+        str | None,
+        typer.Option("--machine", "-m", help="Another machine than the default.", autocompletion=_complete_machine),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds; then the command is ended and the code is 124.")
+    ] = None,
+    tty: Annotated[
+        bool | None, typer.Option("--tty/--no-tty", help="Default: when stdin and stdout are one.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE for this command.")] = None,
+    workdir: Annotated[str | None, typer.Option("--workdir", "-w", help="Directory in the guest.")] = None,
+) -> None:
+    """Run a command in the guest: `nixbox run -- make test`. Exits with the command's own code."""
+    try:
+        pairs = dict(_pairs(env, "--env"))
+        box = _sandbox(machine)
+        want_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
+        code = box.run(command, tty=want_tty, timeout_s=timeout, env=pairs, workdir=workdir)
+    except NixboxError as error:
+        error.exit_code = ExitCode.RUN_FAILED
+        raise
+    if code == ExitCode.TIMEOUT and timeout is not None:
+        print(f"error: the command was ended after {timeout:g} s", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(name: Name = None, as_json: Json = False) -> None:
+    """What the machine is doing. Exit code 4 when it is not running."""
+    from nixbox import view
+
+    box = _sandbox(name)
+    found = view.machine_view(box.machine)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        import time
+
+        up_for = f" for {view.duration(int(time.time()) - found.started_at)}" if found.started_at else ""
+        used = view.size(found.disk_used_bytes)
+        print(f"machine      {found.name}: {found.state}{up_for}")
+        print(f"image        {found.image}")
+        print(f"backend      {found.backend} ({found.accelerator})")
+        print(f"resources    {found.vcpus} vCPUs, {found.memory_mib} MiB memory")
+        print(f"disk         {used} used of {found.disk_mib} MiB")
+        if found.state == "io-error":
+            print("hint: the host's disk is full; free some space, then `nixbox up`", file=sys.stderr)
+    if found.state == "stopped":
+        raise typer.Exit(ExitCode.NOT_RUNNING)
+
+
+@app.command("list")
+def list_machines(as_json: Json = False) -> None:
+    """The machines of this workspace."""
+    from nixbox import paths, view
+    from nixbox.machine.record import all_machines
+
+    found = [view.machine_view(machine) for machine in all_machines(paths.find_workspace(Path.cwd()))]
+    if as_json:
+        _print_json([machine.as_dict() for machine in found])
+        return
+    rows = [
+        [m.name, m.state, m.accelerator, str(m.vcpus), f"{m.memory_mib} MiB", view.size(m.disk_used_bytes)]
+        for m in found
+    ]
+    if rows:
+        view.print_rows(rows, ["NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "DISK USED"])
+    else:
+        print("no machines here: `nixbox up` makes one", file=sys.stderr)
+
+
+@app.command()
+def logs(
+    name: Name = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the machine stops.")] = False,
+    console: Annotated[bool, typer.Option("--console", help="The guest's serial console (the default).")] = False,
+    setup: Annotated[bool, typer.Option("--setup", help="The output of the profile's setup.")] = False,
+) -> None:
+    """Show the guest's console, or the output of its setup."""
+    from nixbox import view
+
+    if console and setup:
+        raise ConfigError("--console and --setup are two logs; choose one")
+    box = _sandbox(name)
+    box.machine.load()
+    path = box.machine.setup_log if setup else box.machine.console_log
+    if not path.exists():
+        raise NixboxError(f"there is no such log yet: {path.relative_to(box.workspace)}")
+    view.show_log(path, box.machine, follow=follow, out=sys.stdout)
+
+
+@app.command()
+def rm(
+    name: Name = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove the machine with its disk. Asks when the disk holds more than 100 MB."""
+    from nixbox import view
+    from nixbox.machine.overlay import allocated_bytes
+
+    box = _sandbox(name)
+    if not box.machine.path.exists():
+        box.machine.load()  # raises with the words for a machine that is not there
+    used = allocated_bytes(box.machine.overlay) if box.machine.overlay.exists() else 0
+    if used > 100_000_000 and not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"the disk of `{box.machine.name}` holds {view.size(used)}", hint="--yes removes it")
+        typer.confirm(f"the disk of `{box.machine.name}` holds {view.size(used)}; remove it?", abort=True, err=True)
+    box.remove()
+    print(f"`{box.machine.name}` is removed", file=sys.stderr)
+
+
+@app.command()
+def lock() -> None:
+    """Resolve the package set anew and write .nixbox/nixbox.lock; prints what changed."""
+    box = _sandbox()
+    changed = box.lock()
+    box.report.done()
+    print("\n".join(changed) if changed else "nothing changed", file=sys.stdout if changed else sys.stderr)
+
+
+@app.command()
+def build(
+    profile: Profile = None,
+    locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the image; prints its store path."""
+    box = _sandbox(profile=profile)
+    image = box.build(locked=locked)
+    box.report.done()
+    if as_json:
+        _print_json({"path": str(image.path), "root": str(image.root), "fresh": image.fresh, "image": image.meta})
+    else:
+        print(image.path)
+
+
+@app.command()
+def config(
+    profile: Profile = None,
+    as_json: Json = False,
+    nix: Annotated[bool, typer.Option("--nix", help="Print the generated Nix expression.")] = False,
+) -> None:
+    """Print the merged configuration and where each value came from."""
+    from nixbox.config import load
+
+    box = _sandbox(profile=profile)
+    loaded = box.load()
+    if nix:
+        from nixbox.image import apt, build, ensure
+
+        settings = loaded.settings
+        mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror).as_dict()
+        print(build.expression(box.plan(loaded).image, ensure.lock_path(box.workspace), mirrors), end="")
+    elif as_json:
+        _print_json(load.to_json(loaded))
+    else:
+        print(load.render(loaded))
+
+
+@app.command("ssh-config")
+def ssh_config(name: Name = None) -> None:
+    """Print the SSH configuration of the machine, for ssh -F, scp, rsync and editors."""
+    print(_sandbox(name).require_running().config.read_text(), end="")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this host has and lacks. Exit code 3 when something necessary is missing."""
+    from dataclasses import asdict
+
+    from nixbox import doctor as examiner
+
+    missing = False
+    found = []
+    for finding in examiner.examine():
+        missing = missing or finding.level == "missing"
+        if as_json:
+            found.append(asdict(finding))
+            continue
+        print(f"{finding.level:8} {finding.what}: {finding.detail}")
+        if finding.hint and finding.level != "ok":
+            print(f"{'':8} hint: {finding.hint}")
+    if as_json:
+        _print_json(found)
+    if missing:
+        raise typer.Exit(ExitCode.HOST)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from nixbox import __version__
+
+    print(f"nixbox {__version__}")
+
+
+@image_app.command("list")
+def image_list(as_json: Json = False) -> None:
+    """The images that were built here."""
+    from dataclasses import asdict
+
+    from nixbox import view
+    from nixbox.image import images
+
+    found = images.all_images()
+    if as_json:
+        _print_json([asdict(image) | {"path": str(image.path)} for image in found])
+        return
+    rows = [
+        [
+            image.key[:12],
+            f"{image.base} {image.suite or ''}".strip(),
+            f"{image.packages} ({', '.join(image.requested) or 'none'} on top)",
+            view.size(image.size_bytes),
+            images.age(image.built_at),
+            ", ".join(Path(machine).name for machine in image.used_by) or "no",
+            "" if image.reproducible else "not reproducible (build_network)",
+        ]
+        for image in found
+    ]
+    if rows:
+        view.print_rows(rows, ["NAME", "BASE", "PACKAGES", "SIZE", "AGE", "IN USE", ""])
+    else:
+        print("no images yet: `nixbox build` makes one", file=sys.stderr)
+
+
+@image_app.command("gc")
+def image_gc(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove the images that no machine is made of."""
+    from nixbox import view
+    from nixbox.image import fetch, images
+
+    unused = images.unused(images.all_images())
+    for image in unused:
+        print(f"{image.key[:12]}  {view.size(image.size_bytes)}  {image.path}")
+    if not unused:
+        print("every image is in use", file=sys.stderr)
+    if dry_run or not unused:
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"{len(unused)} images would go", hint="--yes removes them without asking")
+        typer.confirm(f"remove {len(unused)} images?", abort=True, err=True)
+    fetch.clean()
+    gone = images.collect(unused)
+    print(f"removed {gone.paths} store paths, {view.size(gone.bytes)}", file=sys.stderr)
+
+
+def _show(error: NixboxError) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    for fault in getattr(error, "faults", ()):
+        print(f"  {fault}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def main() -> None:
+    """The program: runs a command and turns every failure into words and an exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    if debug:
+        del sys.argv[1]
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except NixboxError as error:
+        if debug:
+            raise
+        _show(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing more can be said to them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.OK)
+    except typer.Abort:
+        print("nothing was done", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        _other(error, debug)
+
+
+def _other(error: Exception, debug: bool) -> None:
+    """Bad usage, as the parser says it; anything else is a fault of ours."""
+    if isinstance(error, typer.Exit):
+        sys.exit(error.exit_code)
+    # The parser's exceptions (click's, or typer's own copy of them) know how to show themselves.
+    show = getattr(error, "show", None)
+    if show is not None and not debug:
+        show()
+        sys.exit(ExitCode.USAGE)
+    if debug:
+        raise error
+    print(f"error: this is a fault in nixbox: {type(error).__name__}: {error}", file=sys.stderr)
+    print("hint: `nixbox --debug …` shows where; please report it", file=sys.stderr)
+    sys.exit(ExitCode.FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""`nixbox doctor`: what this host has, what it lacks, and the mend for each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nixbox import paths, run
+from nixbox.errors import NixboxError
+
+Level = Literal["ok", "warning", "missing"]
+_FREE_WARNING_GIB = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: `missing` is what `up` cannot do without."""
+
+    level: Level
+    what: str
+    detail: str
+    hint: str | None = None
+
+
+def examine() -> Iterator[Finding]:
+    """Look at the host, one finding at a time."""
+    yield from _nix()
+    yield from _qemu()
+    yield _accelerator()
+    for program, why in (("ssh", "reaches the guest"), ("ssh-keygen", "makes its keys"), ("mke2fs", "its disk")):
+        yield _program(program, why)
+    yield _apt()
+    yield from _mirror()
+    yield from _namespaces()
+    yield from _space()
+
+
+def _program(name: str, why: str) -> Finding:
+    try:
+        return Finding("ok", name, run.tool(name))
+    except NixboxError as error:
+        return Finding("missing", name, f"{error.message} ({why})", error.hint)
+
+
+def _nix() -> Iterator[Finding]:
+    from nixbox.image import store
+
+    try:
+        setup = store.setup()
+    except NixboxError as error:
+        yield Finding("missing", "nix", error.message, error.hint)
+        return
+    yield Finding("ok", "nix", f"version {setup.version}")
+    for reason in setup.reasons:
+        yield Finding("ok", "nix", f"nixbox passes an option, since {reason}")
+    daemon = Path("/nix/var/nix/daemon-socket/socket")
+    if not os.access(store.STORE, os.W_OK) and not daemon.exists():
+        yield Finding(
+            "missing",
+            "nix store",
+            f"{store.STORE} is not writable for you and no Nix daemon runs",
+            "on Debian: apt install nix-setup-systemd, and add yourself to the group nix-users",
+        )
+
+
+def _qemu() -> Iterator[Finding]:
+    from nixbox.machine import qemu
+
+    try:
+        yield Finding("ok", "qemu", f"version {qemu.version()}")
+    except NixboxError as error:
+        yield Finding("missing", "qemu", error.message, error.hint)
+
+
+def _accelerator() -> Finding:
+    from nixbox.machine import accelerator
+
+    choice = accelerator.choose("auto")
+    level: Level = "warning" if choice.accelerator == "tcg" else "ok"
+    return Finding(level, "accelerator", f"{choice.accelerator}: {choice.reason}", choice.hint)
+
+
+def _apt() -> Finding:
+    if run.find_tool("apt-get") and run.find_tool("apt-helper"):
+        return Finding("ok", "apt", "resolves and fetches Debian packages")
+    detail = "no apt on this host: a lock can be built from (Nix fetches), but not made"
+    return Finding("warning", "apt", detail, "make the lock on a Debian machine and commit it")
+
+
+def _mirror() -> Iterator[Finding]:
+    from nixbox.image import apt
+
+    mirrors = apt.host_mirrors()
+    if mirrors is None:
+        detail = "the host's apt sources name no Debian mirror"
+        yield Finding("warning", "mirror", detail, "set [debian] mirror in .nixbox/config.toml")
+    else:
+        security = "with security updates" if mirrors.security else "without a security repository"
+        yield Finding("ok", "mirror", f"{mirrors.debian} ({security})")
+
+
+def _namespaces() -> Iterator[Finding]:
+    if sys.platform != "linux":
+        return
+    if not run.find_tool("unshare"):
+        yield Finding("warning", "user namespaces", "not looked at: `unshare` is missing", "apt install util-linux")
+        return
+    done = run.run(["unshare", "-Urm", "true"], timeout_s=10, check=False)
+    if done.code == 0:
+        yield Finding("ok", "user namespaces", "allowed, so images can be built")
+    else:
+        hint = "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or ask who runs this host"
+        yield Finding("missing", "user namespaces", f"forbidden on this host: {done.stderr.strip()}", hint)
+
+
+def _space() -> Iterator[Finding]:
+    for what, place in (("the Nix store", Path("/nix")), ("the cache", paths.cache_dir())):
+        while not place.exists():
+            place = place.parent
+        free_gib = shutil.disk_usage(place).free / 2**30
+        level: Level = "ok" if free_gib >= _FREE_WARNING_GIB else "warning"
+        hint = None if level == "ok" else "an image takes about 1 GiB while it is built: `nixbox image gc`"
+        yield Finding(level, "disk", f"{free_gib:.1f} GiB free for {what}", hint)

@@ -1,0 +1,169 @@
+"""From an image specification and its lock to a store path: the generated expression and `nix build`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nixbox import paths, run
+from nixbox.errors import NixboxError
+from nixbox.image import store
+from nixbox.plan import nixexpr
+from nixbox.plan.model import ImageSpec
+from nixbox.report import Reporter
+
+_LOG_TAIL = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A built image: `path` is its store path, `root` the garbage collector root that keeps it."""
+
+    path: Path
+    root: Path
+    fresh: bool
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The parsed `image.json`."""
+        data: dict[str, Any] = json.loads((self.path / "image.json").read_text())
+        return data
+
+
+def expression(spec: ImageSpec, lock_file: Path, mirrors: Mapping[str, str]) -> str:
+    """The Nix expression of an image: readable, complete, and what `nix build` is given."""
+    lock = nixexpr.Call("builtins.fromJSON", nixexpr.Call("builtins.readFile", lock_file))
+    arguments: dict[str, nixexpr.Value] = {"lock": lock, "mirrors": dict(mirrors)}
+    if spec.build:
+        arguments["build"] = [{"origin": s.origin, "script": s.text} for s in spec.build]
+        arguments["buildNetwork"] = spec.build_network
+    image = nixexpr.Call("import", paths.nix_dir() / "image.nix")
+    return nixexpr.render(nixexpr.Call(image, arguments)) + "\n"
+
+
+def key(spec: ImageSpec, lock_text: str) -> str:
+    """What decides whether Nix must be asked at all: the lock, the build scripts, and every file of ours.
+
+    It is finer than the derivation's own hash (any change here asks Nix, which then may find nothing to do),
+    and never coarser. Mirrors are not in it: they do not change the image.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(paths.nix_dir().rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    scripts = [[s.origin, s.text] for s in spec.build]
+    digest.update(json.dumps([lock_text, scripts, spec.build_network]).encode())
+    return digest.hexdigest()[:32]
+
+
+def roots_dir() -> Path:
+    """Where the images' garbage collector roots lie, named by key."""
+    return paths.cache_dir() / "images"
+
+
+def built(image_key: str) -> Image | None:
+    """The image of this key, when it was built before and its root kept it."""
+    root = roots_dir() / image_key
+    # A root keeps its target alive, so a target that is there is whole.
+    target = root.resolve()
+    if root.is_symlink() and (target / "image.json").exists():
+        return Image(target, root, fresh=False)
+    return None
+
+
+class BuildError(NixboxError):
+    """`nix build` failed; the message names the derivation and shows the end of its log."""
+
+
+class _Log:
+    """Follows `nix build --log-format internal-json`: what is being built, and the last lines of each."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.names: dict[int, str] = {}
+        self.lines: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=400))
+        self.errors: list[str] = []
+
+    def line(self, text: str) -> None:
+        if not text.startswith("@nix "):
+            if text.strip():
+                self.errors.append(text)
+            return
+        event = json.loads(text.removeprefix("@nix "))
+        # libutil/logging.hh: activity 105 is a build (its first field the derivation), result 101 a log line.
+        match event:
+            case {"action": "start", "type": 105, "id": ident, "fields": [str(drv), *_]}:
+                self.names[ident] = drv
+                self.reporter.phase(f"building {_title(drv)}")
+            case {"action": "result", "type": 101, "id": ident, "fields": [str(said), *_]}:
+                self.lines[self.names.get(ident, "")].append(_plain(said))
+            case {"action": "msg", "level": 0, "msg": str(said)}:
+                self.errors.append(_plain(said))
+
+    def failure(self, code: int) -> BuildError:
+        said = "\n".join(self.errors)
+        failed = re.findall(r"builder for '([^']+)' failed", said)
+        lines = list(self.lines.get(failed[0], ())) if failed else []
+        every = said + "\n".join(line for kept in self.lines.values() for line in kept)
+        tail = "\n".join(f"  {line}" for line in lines[-_LOG_TAIL:])
+        ours = [line.removeprefix("nixbox: ") for line in lines if line.startswith("nixbox: ")]
+        what = f"building {_title(failed[0])} failed" if failed else f"nix build exited with {code}"
+        reasons = [line for line in ours if "image step failed" not in line and not line.startswith("build of")]
+        if reasons:
+            what += f": {reasons[-1]}"
+        body = f"{what}\n{tail}" if tail else f"{what}:\n{said}"
+        return BuildError(body, hint=_hint(every, failed))
+
+
+def _title(drv: str) -> str:
+    return re.sub(r"^[a-z0-9]{32}-|\.drv$", "", Path(drv).name)
+
+
+def _hint(output: str, failed: list[str]) -> str | None:
+    if "No space left on device" in output:
+        return "the disk of /nix/store or of the build directory is full: free some space and try again"
+    if "__noChroot" in output or "sandbox=relaxed" in output or "'sandbox' is set to 'true'" in output:
+        return "build_network needs a Nix that lets you set `sandbox = relaxed` (be a trusted user)"
+    if "nested user namespaces" in output:
+        return "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
+    if "set-debian-mirror" in output:
+        return "set [debian] mirror in .nixbox/config.toml"
+    if failed:
+        return f"the whole log: nix log {failed[0]}"
+    return None
+
+
+def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Reporter) -> Image:
+    """Run `nix build` on a generated expression and root the result. Raises BuildError.
+
+    Ctrl-C ends Nix, which leaves no half-made path: outputs are registered when they are whole.
+    """
+    roots = roots_dir()
+    roots.mkdir(parents=True, exist_ok=True)
+    source = roots / f"{image_key}.nix"
+    paths.write_atomic(source, expression_text)
+    setup = store.setup()
+    root = roots / image_key
+    options = [*setup.options]
+    if spec.build_network:
+        options += ["--option", "sandbox", "relaxed"]  # the last one of a name counts
+    argv = ["nix", *options, "build", "--log-format", "internal-json", "--json", "-f", str(source)]
+    argv += ["--out-link", str(root), "image", "inputs"]
+    log = _Log(reporter)
+    done = run.stream(argv, on_err=log.line)
+    if done.code != 0:
+        raise log.failure(done.code)
+    path = Path(json.loads(done.stdout)[0]["outputs"]["out"])
+    return Image(path, root, fresh=True)
+
+
+def _plain(text: str) -> str:
+    """A log line without the colours that programs put into it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -1,0 +1,102 @@
+"""The image of a plan: lock it if need be, fetch, build; nothing at all when it is there already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nixbox import paths
+from nixbox.errors import ConfigError
+from nixbox.image import build
+from nixbox.image.build import Image
+from nixbox.plan.model import ImageSpec
+from nixbox.report import Reporter
+
+
+def lock_path(workspace: Path) -> Path:
+    """WORKSPACE/.nixbox/nixbox.lock."""
+    return workspace / paths.CONFIG_DIR / paths.LOCK_FILE
+
+
+def stale(workspace: Path, spec: ImageSpec) -> str | None:
+    """Why the lock does not serve this specification, or None when it does.
+
+    Looks at the request only: a damaged lock is found, and named field by field, when it is used.
+    """
+    try:
+        data = json.loads(lock_path(workspace).read_text())
+        suite, requested = data["suite"], sorted(data["requested"])
+    except FileNotFoundError:
+        return "there is no lock yet"
+    except (ValueError, KeyError, TypeError):
+        return None
+    if suite != spec.suite:
+        return f"the lock is for {suite}, the config says {spec.suite}"
+    wanted = sorted(spec.packages)
+    if requested != wanted:
+        new, gone = sorted(set(wanted) - set(requested)), sorted(set(requested) - set(wanted))
+        return "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names)
+    return None
+
+
+def relock(
+    workspace: Path, spec: ImageSpec, mirror: str | None, security: str | None, reporter: Reporter
+) -> list[str]:
+    """Resolve the package set anew and write the lock; returns what changed, a line each."""
+    from nixbox.image import apt, lock
+
+    path = lock_path(workspace)
+    try:
+        old = lock.load(path)
+    except ConfigError:  # none, or one that this is the mend for
+        old = None
+    mirrors = apt.mirrors(mirror, security)
+    new = lock.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    lock.save(new, path)
+    return lock.changes(old, new).lines()
+
+
+def ensure(
+    workspace: Path,
+    spec: ImageSpec,
+    mirror: str | None,
+    security: str | None,
+    reporter: Reporter,
+    *,
+    locked: bool = False,
+) -> Image:
+    """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit."""
+    path = lock_path(workspace)
+    why = stale(workspace, spec)
+    if why and locked:
+        raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
+    if why:
+        reporter.phase(f"locking packages ({why})")
+        changed = relock(workspace, spec, mirror, security, reporter)
+        if len(changed) <= 20:
+            for line in changed:
+                reporter.note(line)
+        else:
+            reporter.note(f"locked {len(changed)} packages in {paths.CONFIG_DIR}/{paths.LOCK_FILE}")
+    image_key = build.key(spec, path.read_text())
+    found = build.built(image_key)
+    if found is not None:
+        return found
+    return _build(path, spec, image_key, mirror, security, reporter)
+
+
+def _build(
+    path: Path, spec: ImageSpec, image_key: str, mirror: str | None, security: str | None, reporter: Reporter
+) -> Image:
+    from nixbox.image import apt, fetch, lock
+
+    loaded = lock.load(path)
+    mirrors = apt.mirrors(mirror, security)
+    reporter.phase("looking for the packages in the Nix store")
+    fetch.ensure(loaded, mirrors, reporter.transfer)
+    reporter.phase("evaluating the image")
+    text = build.expression(spec, path, mirrors.as_dict())
+    try:
+        return build.build(spec, image_key, text, reporter)
+    finally:
+        reporter.done()

@@ -1,0 +1,168 @@
+"""Bring the files of a lock into the Nix store: apt's own transports where the host has them, else Nix's.
+
+Every file is checked against the lock's size and SHA-256 before it is added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from nixbox import paths, run
+from nixbox.errors import NixboxError
+from nixbox.image import store
+
+if TYPE_CHECKING:
+    from nixbox.image.apt import Mirrors
+    from nixbox.image.lock import Lock, LockedPackage
+
+BUSYBOX = "nixbox-busybox"
+# (bytes so far, bytes in all, files so far, files in all)
+Progress = Callable[[int, int, int, int], None]
+
+
+class GoneError(NixboxError):
+    """Files of the lock that the mirror does not have (any more), or has with other bits."""
+
+
+def deb_name(package: LockedPackage) -> str:
+    """The store name of a .deb (nix/bases/debian/fetch.nix: `debName`)."""
+    name = f"{package.name}_{package.version}_{package.arch}.deb"
+    return re.sub("[~:%]", "-", name)
+
+
+def deb_path(package: LockedPackage) -> Path:
+    """Where the .deb lies in the Nix store once it is there."""
+    return store.flat_path(deb_name(package), package.sha256)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _work_dir() -> Iterator[Path]:
+    """A directory of our own under the cache; gone afterwards, whatever happened."""
+    parent = paths.cache_dir() / "downloads"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        yield Path(directory)
+
+
+def _download(
+    packages: Sequence[LockedPackage], mirrors: Mirrors, target: Path, progress: Progress | None
+) -> dict[str, Path]:
+    """Fetch packages into `target`; returns pool path → file. Raises GoneError naming what is missing."""
+    urls = mirrors.as_dict()
+    files: dict[str, Path] = {}
+    argv = [run.tool("apt-helper"), "download-file"]
+    for package in packages:
+        files[package.path] = target / deb_name(package)
+        base = urls.get(package.repo, urls["debian"])
+        argv += [f"{base}/{quote(package.path, safe='/+:~')}", str(files[package.path])]
+        argv.append(f"SHA256:{package.sha256}")
+    total, seen, size = sum(p.size for p in packages), 0, 0
+
+    def on_line(line: str) -> None:
+        nonlocal seen, size
+        if progress and line.startswith("Get:") and seen < len(packages):
+            seen, size = seen + 1, size + packages[seen].size
+            progress(size, total, seen, len(packages))
+
+    done = run.stream(argv, on_out=on_line, env={"LC_ALL": "C"})
+    if "No space left on device" in done.stderr + done.stdout:
+        raise NixboxError(f"no space left on the disk of {target.parent}", hint="free some space and try again")
+    bad = [
+        f"{p.name} {p.version}: {'has other bits than the lock says' if files[p.path].exists() else 'not there'}"
+        for p in packages
+        if not files[p.path].exists() or _sha256(files[p.path]) != p.sha256
+    ]
+    if bad:
+        shown = "\n".join(f"  {line}" for line in bad[:10]) + (f"\n  … and {len(bad) - 10} more" if bad[10:] else "")
+        said = "\n".join(line for line in done.stderr.splitlines() if line.startswith("E:"))
+        raise GoneError(
+            f"{len(bad)} of {len(packages)} packages could not be fetched from {mirrors.debian}:\n{shown}\n{said}",
+            hint="is the mirror reachable? Mirrors drop old versions: `nixbox lock` moves the lock to the "
+            "current ones, or set [debian] mirror to an archive that keeps them",
+        )
+    return files
+
+
+def nix_can_fetch_alone() -> bool:
+    """Whether there is no apt here, so that Nix's own fetcher must do it (slower)."""
+    return run.find_tool("apt-helper") is None
+
+
+def _unpack_busybox(deb: Path, target: Path) -> Path:
+    """Unpack the static busybox of a .deb into `target/nixbox-busybox/bin/busybox`, as tools.nix would.
+
+    A .deb is an ar archive (deb(5)): 60-byte member headers after an 8-byte magic.
+    """
+    data, offset = deb.read_bytes(), 8
+    while offset < len(data):
+        name = data[offset : offset + 16].decode().strip().rstrip("/")
+        size = int(data[offset + 48 : offset + 58])
+        member = data[offset + 60 : offset + 60 + size]
+        if name == "data.tar.xz":
+            with tarfile.open(fileobj=io.BytesIO(lzma.decompress(member))) as tar:
+                found = tar.extractfile("./usr/bin/busybox")
+                if found is not None:
+                    program = target / BUSYBOX / "bin" / "busybox"
+                    program.parent.mkdir(parents=True)
+                    program.write_bytes(found.read())
+                    program.chmod(0o555)
+                    return target / BUSYBOX
+        offset += 60 + size + size % 2
+    raise NixboxError(f"{deb.name} holds no static busybox")
+
+
+def busybox_nar_hash(package: LockedPackage, mirrors: Mirrors) -> str:
+    """Fetch the bootstrap busybox and return the NAR hash of its unpacked tree."""
+    with _work_dir() as work:
+        deb = deb_path(package)
+        if store.invalid([deb]):
+            deb = _download([package], mirrors, work, None)[package.path]
+            store.add_files([deb])
+        return store.nar_hash(_unpack_busybox(deb, work))
+
+
+def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None) -> int:
+    """Put every file of the lock, and the bootstrap, into the store; returns how many were fetched.
+
+    Without apt on the host only the bootstrap is brought here; Nix fetches the rest by the same hashes.
+    """
+    wanted = {deb_path(p): p for p in lock.all_packages()}
+    missing = store.invalid(wanted)
+    bootstrap = lock.bootstrap.package
+    fetched = 0
+    with _work_dir() as work:
+        if missing and not nix_can_fetch_alone():
+            packages = [wanted[path] for path in sorted(missing)]
+            files = _download(packages, mirrors, work, progress)
+            store.add_files(list(files.values()))
+            fetched = len(files)
+        busybox = store.recursive_path(BUSYBOX, lock.bootstrap.nar_hash)
+        if store.invalid([busybox]) and not store.invalid([deb_path(bootstrap)]):
+            added = store.add_tree(_unpack_busybox(deb_path(bootstrap), work))
+            if added != busybox:
+                raise NixboxError(
+                    f"the lock's bootstrap hash does not fit {bootstrap.name} {bootstrap.version}",
+                    hint="`nixbox lock` resolves it again",
+                )
+    return fetched
+
+
+def clean() -> None:
+    """Remove what interrupted downloads left."""
+    shutil.rmtree(paths.cache_dir() / "downloads", ignore_errors=True)

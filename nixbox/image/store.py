@@ -1,0 +1,182 @@
+"""The Nix store: how to call Nix on this host, paths that can be computed, adding files, roots."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import grp
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nixbox import run
+from nixbox.errors import HostError
+
+STORE = Path("/nix/store")
+_CACHE_NIXOS = "https://cache.nixos.org"
+_TIMEOUT_S = 120.0
+# Nix's own base-32 alphabet: no e, o, u, t (libutil/hash.cc).
+_BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class NixSetup:
+    """How Nix is called here: its version, and each option that its own configuration lacks, with the reason."""
+
+    version: str
+    options: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@functools.cache
+def setup() -> NixSetup:
+    """Look at this host's Nix once. Raises HostError when there is none or it cannot be used."""
+    version = run.run(["nix", "--version"], timeout_s=_TIMEOUT_S).stdout.rpartition(" ")[2].strip()
+    features = ("--extra-experimental-features", "nix-command flakes")
+    # The command was renamed in Nix 2.20.
+    for words in (["config", "show"], ["show-config"]):
+        done = run.run(["nix", *features, *words, "--json"], timeout_s=_TIMEOUT_S, check=False)
+        if done.code == 0:
+            break
+    else:
+        raise HostError(f"nix does not answer: {done.stderr.strip()}", hint="try `nix show-config` yourself")
+    config = {key: entry["value"] for key, entry in json.loads(done.stdout).items()}
+    options: list[str] = []
+    reasons: list[str] = []
+
+    def add(option: Sequence[str], reason: str) -> None:
+        options.extend(option)
+        reasons.append(reason)
+
+    if not {"nix-command", "flakes"} <= {str(f) for f in config.get("experimental-features", [])}:
+        add(features, "the experimental features nix-command and flakes are not on in nix.conf")
+    if str(config.get("sandbox")) == "False" or config.get("sandbox") is False:
+        add(("--option", "sandbox", "true"), "nix.conf turns the sandbox off; builds here need it")
+    group = str(config.get("build-users-group") or "")
+    if group and os.geteuid() == 0 and not _has_members(group):
+        add(("--option", "build-users-group", ""), f"the group {group} has no build users")
+    substituters = config.get("substituters") or []
+    if [str(s).rstrip("/") for s in substituters] == [_CACHE_NIXOS]:
+        # Nothing of a Debian image is ever in that cache, and asking costs seconds without a network.
+        add(("--option", "substituters", ""), "only the public Nix cache is set, which has no Debian images")
+    return NixSetup(version, tuple(options), tuple(reasons))
+
+
+def _has_members(group: str) -> bool:
+    try:
+        return bool(grp.getgrnam(group).gr_mem)
+    except KeyError:
+        return False
+
+
+def _base32(data: bytes) -> str:
+    length = (len(data) * 8 - 1) // 5 + 1
+    number = int.from_bytes(data, "little")
+    return "".join(_BASE32[(number >> (5 * i)) & 31] for i in reversed(range(length)))
+
+
+def _store_path(kind: str, digest_hex: str, name: str) -> Path:
+    """Nix manual, "Store path specification": a SHA-256 of the description, folded to 20 bytes."""
+    whole = hashlib.sha256(f"{kind}:sha256:{digest_hex}:{STORE}:{name}".encode()).digest()
+    folded = bytearray(20)
+    for i, byte in enumerate(whole):
+        folded[i % 20] ^= byte
+    return STORE / f"{_base32(bytes(folded))}-{name}"
+
+
+def flat_path(name: str, sha256_hex: str) -> Path:
+    """The store path of a fixed-output file with this SHA-256 (what `nix-store --add-fixed sha256` gives)."""
+    inner = hashlib.sha256(f"fixed:out:sha256:{sha256_hex}:".encode()).hexdigest()
+    return _store_path("output:out", inner, name)
+
+
+def recursive_path(name: str, nar_hash: str) -> Path:
+    """The store path of a fixed-output tree with this NAR hash (`sha256-…`, base 64)."""
+    digest = base64.b64decode(nar_hash.removeprefix("sha256-")).hex()
+    return _store_path("source", digest, name)
+
+
+def invalid(paths: Iterable[Path]) -> set[Path]:
+    """Those of the paths that the store does not hold."""
+    wanted = [str(path) for path in paths]
+    if not wanted:
+        return set()
+    argv = ["nix-store", "--check-validity", "--print-invalid", *wanted]
+    return {Path(line) for line in run.run(argv, timeout_s=_TIMEOUT_S).stdout.split()}
+
+
+def add_files(files: Sequence[Path]) -> None:
+    """Add files under their own names as fixed-output paths (SHA-256)."""
+    # Bounded command lines: a lock has hundreds of files.
+    for start in range(0, len(files), 100):
+        argv = ["nix-store", "--add-fixed", "sha256", *map(str, files[start : start + 100])]
+        run.run(argv, timeout_s=_TIMEOUT_S, hint=_STORE_HINT)
+
+
+_STORE_HINT = "the Nix store must be writable for you: run a Nix daemon (Debian: nix-setup-systemd), or be root"
+
+
+def add_tree(directory: Path) -> Path:
+    """Add a directory under its own name, content-addressed (recursive SHA-256); returns the store path."""
+    argv = ["nix-store", "--add-fixed", "--recursive", "sha256", str(directory)]
+    return Path(run.run(argv, timeout_s=_TIMEOUT_S, hint=_STORE_HINT).stdout.strip())
+
+
+def nar_hash(path: Path) -> str:
+    """The NAR hash of a file tree as `sha256-…` (base 64)."""
+    argv = ["nix", *setup().options, "hash", "path", "--type", "sha256", "--sri", str(path)]
+    done = run.run(argv, timeout_s=_TIMEOUT_S, check=False)
+    if done.code != 0:  # newer Nix: SHA-256 and SRI are the defaults, and the options are gone
+        done = run.run(["nix", *setup().options, "hash", "path", str(path)], timeout_s=_TIMEOUT_S)
+    return done.stdout.strip()
+
+
+def requisites(path: Path) -> list[Path]:
+    """A store path with everything it refers to."""
+    argv = ["nix-store", "--query", "--requisites", str(path)]
+    return [Path(line) for line in run.run(argv, timeout_s=_TIMEOUT_S).stdout.split()]
+
+
+def sizes(paths: Iterable[Path]) -> int:
+    """Bytes that these store paths take together."""
+    wanted = [str(path) for path in paths]
+    if not wanted:
+        return 0
+    found = run.run(["nix-store", "--query", "--size", *wanted], timeout_s=_TIMEOUT_S).stdout.split()
+    return sum(map(int, found))
+
+
+def closure_size(path: Path) -> int:
+    """Bytes of a store path with everything it refers to."""
+    return sizes(requisites(path))
+
+
+def roots_of(path: Path) -> list[Path]:
+    """The garbage collector roots (files outside the store) that keep a path alive."""
+    argv = ["nix-store", "--query", "--roots", str(path)]
+    lines = run.run(argv, timeout_s=_TIMEOUT_S, check=False).stdout.splitlines()
+    return [Path(line.split(" -> ")[0]) for line in lines if line.startswith("/")]
+
+
+def add_root(link: Path, path: Path) -> None:
+    """Make `link` a symlink to a store path and register it as a garbage collector root."""
+    link.unlink(missing_ok=True)
+    argv = ["nix-store", "--realise", str(path), "--add-root", str(link), "--indirect"]
+    run.run(argv, timeout_s=_TIMEOUT_S)
+
+
+def dead(paths: Iterable[Path]) -> list[Path]:
+    """Those of the paths that no garbage collector root reaches."""
+    wanted = set(paths)
+    printed = run.run(["nix-store", "--gc", "--print-dead"], timeout_s=_TIMEOUT_S).stdout.split()
+    return sorted(wanted & {Path(line) for line in printed})
+
+
+def delete(paths: Sequence[Path]) -> int:
+    """Delete dead store paths; returns how many there were. Raises CommandError when Nix refuses."""
+    if paths:
+        run.run(["nix-store", "--delete", *map(str, paths)], timeout_s=600)
+    return len(paths)

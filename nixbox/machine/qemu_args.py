@@ -1,0 +1,111 @@
+"""QEMU's command line as a pure function of a VmSpec (QEMU 7.2 and later; qemu(1))."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nixbox.machine.backend import VmSpec
+
+# The guest side of QEMU's user network (docs/system/devices/net.rst): the same in every machine.
+GUEST_ADDRESS = "10.0.2.15/24"
+GUEST_GATEWAY = "10.0.2.2"
+GUEST_DNS = "10.0.2.3"
+
+KERNEL_ARGS = (
+    "console=ttyS0",
+    "quiet",
+    "panic=-1",  # with -no-reboot a panic ends QEMU at once instead of hanging
+    "8250.nr_uarts=1",
+    "no_timer_check",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+)
+# Software emulation: calibrating a timer there is slow and can fail under load, and a guest's own defences
+# against speculation cost time but defend nothing, since no guest instruction is run by the CPU itself.
+TCG_KERNEL_ARGS = ("mitigations=off", "tsc=reliable")
+
+
+@dataclass(frozen=True, slots=True)
+class Fds:
+    """Listening unix sockets that QEMU inherits: it never binds a path itself, so nobody polls for one."""
+
+    control: int
+    monitor: int
+
+
+def _escape(path: Path) -> str:
+    """A path inside a comma-separated option: QEMU reads `,,` as one comma."""
+    return str(path).replace(",", ",,")
+
+
+def _disk(node: str, path: Path, *, readonly: bool) -> list[str]:
+    # JSON, not key=value: any byte may stand in a path.
+    block: dict[str, object] = {
+        "driver": "raw",
+        "node-name": node,
+        "read-only": readonly,
+        "file": {"driver": "file", "filename": str(path)},
+    }
+    if readonly:
+        # The store is shared and never written: no lock is needed, and none may be had (root-owned files).
+        block["file"] = {"driver": "file", "filename": str(path), "locking": "off"}
+    else:
+        # Freed blocks go back to the host; a guest's flush is a flush, and the page cache outlives the VM.
+        block.update({"discard": "unmap", "detect-zeroes": "unmap"})
+    # A full host disk pauses the machine instead of failing the guest's write: nothing is lost.
+    policy = "" if readonly else ",werror=enospc,rerror=report"
+    return [
+        "-blockdev",
+        json.dumps(block),
+        "-device",
+        f"virtio-blk-pci,drive={node},serial={node},romfile=" + policy,
+    ]
+
+
+def _accelerator(spec: VmSpec) -> list[str]:
+    if spec.accelerator == "tcg":
+        # cmpxchg16b under TCG caused rare double faults with Debian's 6.12 kernel.
+        return ["-accel", "tcg,thread=multi", "-cpu", "max,-cx16"]
+    return ["-accel", spec.accelerator, "-cpu", "host"]
+
+
+def kernel_args(spec: VmSpec) -> str:
+    """The guest kernel's command line. Nothing secret and nothing individual is ever on it."""
+    extra = TCG_KERNEL_ARGS if spec.accelerator == "tcg" else ()
+    return " ".join((*KERNEL_ARGS, *extra))
+
+
+def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
+    """The whole command line; `sandbox` adds QEMU's own seccomp filter (Linux hosts)."""
+    command = [
+        "qemu-system-x86_64",
+        *("-name", f"nixbox-{spec.name}"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-M", "q35,usb=off,vmport=off,smm=off,hpet=off"),
+        *_accelerator(spec),
+        *("-smp", str(spec.vcpus)),
+        *("-m", f"{spec.memory_mib}M"),
+        *("-kernel", str(spec.kernel)),
+        *("-initrd", str(spec.initrd)),
+        *("-append", kernel_args(spec)),
+        *("-chardev", f"file,id=console,path={_escape(spec.console_log)},append=on"),
+        *("-serial", "chardev:console"),
+        *("-chardev", f"socket,id=monitor,fd={fds.monitor},server=on,wait=off"),
+        *("-mon", "chardev=monitor,mode=control"),
+        *("-device", "virtio-serial-pci,romfile="),
+        *("-chardev", f"socket,id=control,fd={fds.control},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=control,name=nixbox.control"),
+        *_disk("root", spec.root, readonly=True),
+        *_disk("overlay", spec.overlay, readonly=False),
+        # Port 0: the kernel picks a free one and the monitor tells which; no race for a port.
+        *("-netdev", "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-:22"),
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+        *("-object", "rng-builtin,id=rng"),
+        *("-device", "virtio-rng-pci,rng=rng"),
+    ]
+    if sandbox:
+        command += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    return command

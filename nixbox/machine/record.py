@@ -1,0 +1,256 @@
+"""A machine on the host: its directory, its record, and the locks that say whether it lives.
+
+Liveness is an flock on `lock`, held by the VM process through an inherited descriptor: it lasts exactly as long
+as the VM does, whatever becomes of the record. `busy` serialises the commands that change a machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from nixbox import paths
+from nixbox.errors import NixboxError, NotRunningError
+from nixbox.machine.backend import Sockets
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`machine.json`: what a machine is made of and how it was last started.
+
+    `image` is a store path; `created_at` and `started_at` are seconds since the epoch; `ready` says that the
+    last start came to its end; `ssh_port`, `pid` and `started_at` are those of the last start; `setup` is the
+    hash of the setup that ran (None: none yet).
+    """
+
+    name: str
+    machine_id: str
+    user: str
+    created_at: int
+    image: str
+    backend: str
+    accelerator: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    ready: bool = False
+    ssh_port: int | None = None
+    pid: int | None = None
+    started_at: int | None = None
+    setup: str | None = None
+    format: int = FORMAT
+
+
+class MachineDir:
+    """The files of one machine: WORKSPACE/.nixbox/machines/NAME."""
+
+    def __init__(self, workspace: Path, name: str) -> None:
+        self.workspace = workspace
+        self.name = name
+        self.path = workspace / paths.CONFIG_DIR / "machines" / name
+        self.record_file = self.path / "machine.json"
+        self.overlay = self.path / "overlay.img"
+        self.image_root = self.path / "image"
+        self.ssh = self.path / "ssh"
+        self.logs = self.path / "logs"
+        self.console_log = self.logs / "console.log"
+        self.setup_log = self.logs / "setup.log"
+        self.vm_log = self.logs / "vm.log"
+        self.runtime = paths.runtime_dir(workspace, name)
+        self.sockets = Sockets.in_dir(self.runtime)
+        self.ssh_control = self.runtime / "ssh"
+
+    def exists(self) -> bool:
+        """Whether `nixbox up` has made this machine (its record is the last thing it writes)."""
+        return self.record_file.is_file()
+
+    def prepare(self) -> None:
+        """Make the directories: keys and logs are for this user's eyes only."""
+        for directory in (self.path, self.ssh, self.logs, self.runtime):
+            paths.private_dir(directory)
+
+    def rotate_logs(self) -> None:
+        """Keep the console and the hypervisor's output of the last start as `*.old`, and begin new ones."""
+        for log in (self.console_log, self.vm_log):
+            if log.exists():
+                log.replace(log.with_suffix(".log.old"))
+
+    def load(self) -> Record:
+        """Read the record. Raises NotRunningError when there is none, NixboxError when it is damaged."""
+        try:
+            data = json.loads(self.record_file.read_text())
+        except FileNotFoundError:
+            raise NotRunningError(
+                f"there is no machine `{self.name}` in {self.workspace}", hint="`nixbox up` makes one"
+            ) from None
+        except ValueError:
+            data = None
+        known = {field.name for field in fields(Record)}
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not set(data) <= known:
+            raise NixboxError(
+                f"{self.record_file} is damaged or was written by another nixbox",
+                hint=f"its disk is untouched; `nixbox rm {self.name}` removes the machine, or restore the file",
+            )
+        return Record(**data)
+
+    def save(self, record: Record) -> None:
+        """Write the record whole or not at all."""
+        paths.write_atomic(self.record_file, json.dumps(asdict(record), indent=2) + "\n", mode=0o600)
+
+    def update(self, **changes: object) -> Record:
+        """Change fields of the record."""
+        record = replace(self.load(), **changes)  # type: ignore[arg-type]
+        self.save(record)
+        return record
+
+    def alive(self) -> bool:
+        """Whether a VM process of this machine lives."""
+        try:
+            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            # Shared, so that two who ask at once do not take each other for a VM.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    @contextmanager
+    def hold_lock(self) -> Iterator[int]:
+        """Take the liveness lock; the descriptor is for the VM process to inherit."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.path / "lock", flags, 0o600)
+        try:
+            # Whoever only asks holds it for microseconds; a VM would have been seen by alive().
+            _flock(fd, wait_s=2)
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def busy(self, on_wait: Callable[[], None], wait_s: float = 600) -> Iterator[None]:
+        """One command at a time may change a machine; `on_wait` is called once when another one is at it."""
+        paths.private_dir(self.path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.path / "busy", flags, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                _flock(fd, wait_s)
+            yield
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Remove every file of the machine."""
+        shutil.rmtree(self.runtime, ignore_errors=True)
+        # The record goes first: what is left of an interrupted removal is no machine any more.
+        self.record_file.unlink(missing_ok=True)
+        shutil.rmtree(self.path)
+
+    def clean_runtime(self) -> None:
+        """Remove the sockets of a VM that is gone."""
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def holders(self) -> list[int]:
+        """The processes that have the liveness lock's file open (Linux: /proc), without this one."""
+        try:
+            wanted = (self.path / "lock").stat()
+        except FileNotFoundError:
+            return []
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            pid = int(process.name)
+            if pid != os.getpid() and _has_open(process, wanted):
+                found.append(pid)
+        return found
+
+    def kill(self, sig: signal.Signals, wait_s: float) -> bool:
+        """Signal the VM process and wait until the lock is free; returns whether it is.
+
+        The signal goes through a pidfd that is taken before the process is checked to hold our lock, so a
+        reused process id is never hit.
+        """
+        for pid in self.holders():
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                if pid in self.holders():
+                    signal.pidfd_send_signal(pidfd, sig)
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(pidfd)
+        return self.wait_gone(wait_s)
+
+    def wait_gone(self, wait_s: float) -> bool:
+        """Wait until no VM process lives; returns whether that came true within the bound."""
+        deadline = time.monotonic() + wait_s
+        while self.alive():
+            if time.monotonic() > deadline:
+                return False
+            # flock has no timed wait and no descriptor to poll.
+            time.sleep(0.01)
+        return True
+
+
+def _has_open(process: Path, wanted: os.stat_result) -> bool:
+    try:
+        for link in (process / "fd").iterdir():
+            try:
+                found = link.stat()
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    except OSError:  # gone, or somebody else's
+        return False
+    return False
+
+
+def _flock(fd: int, wait_s: float) -> None:
+    """Take an exclusive lock within a bound. Raises NixboxError when somebody keeps it longer."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise NixboxError(
+                    f"another nixbox command has been at work on this machine for {wait_s:g} s",
+                    hint="`nixbox status` says what runs",
+                ) from None
+            time.sleep(0.02)
+
+
+def new_machine_id() -> str:
+    """A random machine-id: 32 hexadecimal digits (machine-id(5))."""
+    return secrets.token_hex(16)
+
+
+def all_machines(workspace: Path) -> list[MachineDir]:
+    """Every machine of a workspace, by name."""
+    directory = workspace / paths.CONFIG_DIR / "machines"
+    if not directory.is_dir():
+        return []
+    found = [MachineDir(workspace, entry.name) for entry in sorted(directory.iterdir()) if entry.is_dir()]
+    return [machine for machine in found if machine.exists()]

@@ -1,0 +1,109 @@
+"""Where things lie: the workspace, the caches, the runtime directory, and nixbox's own data files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from nixbox.errors import ConfigError, HostError, NixboxError
+
+CONFIG_DIR = ".nixbox"
+CONFIG_FILE = "config.toml"
+LOCK_FILE = "nixbox.lock"
+
+
+def find_workspace(start: Path) -> Path:
+    """The nearest directory at or above `start` that holds `.nixbox/config.toml`.
+
+    Raises ConfigError when there is none.
+    """
+    start = start.resolve()
+    for directory in (start, *start.parents):
+        if (directory / CONFIG_DIR / CONFIG_FILE).is_file():
+            return directory
+    raise ConfigError(
+        f"no {CONFIG_DIR}/{CONFIG_FILE} in {start} or any directory above it",
+        hint="`nixbox init` makes this directory a workspace",
+    )
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    value = os.environ.get(variable, "")
+    # The XDG base directory specification: a relative path is to be ignored.
+    return Path(value) if value.startswith("/") else Path.home() / fallback
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/nixbox`: everything here can be made again."""
+    return _xdg("XDG_CACHE_HOME", ".cache") / "nixbox"
+
+
+def user_config_dir() -> Path:
+    """`$XDG_CONFIG_HOME/nixbox`: user profiles (and, later, plugins)."""
+    return _xdg("XDG_CONFIG_HOME", ".config") / "nixbox"
+
+
+def runtime_dir(workspace: Path, name: str) -> Path:
+    """The directory for a machine's sockets: short, since a unix socket path holds 107 bytes (unix(7)).
+
+    Without $XDG_RUNTIME_DIR a per-user directory under the temporary directory serves; it is created 0700 and
+    refused when somebody else owns it. Raises HostError in that case.
+    """
+    ident = hashlib.sha256(f"{workspace}\0{name}".encode()).hexdigest()[:12]
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    # 70 leaves room for "/nixbox/<12>/<socket name>", also for ssh's temporary suffix on a control socket.
+    if not base.startswith("/") or len(base) > 70 or not os.access(base, os.W_OK):
+        base = str(Path(tempfile.gettempdir()) / f"nixbox-{os.getuid()}")
+        private_dir(Path(base))
+    return Path(base) / "nixbox" / ident
+
+
+def private_dir(path: Path) -> Path:
+    """Make `path` (mode 0700) unless it is there; refuse one that is a link or somebody else's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        raise HostError(f"{path} is not a directory of yours", hint=f"remove it: rm -r {path}")
+    if info.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def _data_dir(packaged: str, checkout: str) -> Path:
+    here = Path(__file__).resolve().parent
+    inside = here / packaged
+    return inside if inside.is_dir() else here.parent / checkout
+
+
+def nix_dir() -> Path:
+    """The Nix files: inside an installed wheel, or beside the package in a checkout."""
+    return _data_dir("_nix", "nix")
+
+
+def plugins_dir() -> Path:
+    """The in-tree plugins: inside an installed wheel, or beside the package in a checkout."""
+    return _data_dir("_plugins", "plugins")
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file whole or not at all: a temporary file beside it, fsync, rename.
+
+    Raises NixboxError when the disk is full; what was there before stays.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NixboxError(f"no space left to write {path}", hint="free some space and try again") from None
+        raise

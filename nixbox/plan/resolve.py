@@ -1,0 +1,35 @@
+"""From merged settings to a plan: pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nixbox.plan import checks
+from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Script
+
+if TYPE_CHECKING:
+    from nixbox.config.load import Loaded
+
+
+def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
+    """What `up` will build and start. Raises ConfigError for everything that cannot be served, all at once."""
+    checks.check(loaded)
+    settings = loaded.settings
+    image = ImageSpec(
+        base=settings.base,
+        suite=settings.suite,
+        packages=settings.packages,
+        build=tuple(Script(origin, text) for origin, text in settings.build),
+        build_network=settings.build_network,
+    )
+    spec = MachineSpec(
+        name=machine or settings.name,
+        vcpus=settings.vcpus,
+        memory_mib=settings.memory_mib,
+        disk_mib=settings.disk_mib,
+        accelerator=settings.accelerator,
+        setup=settings.setup,
+        scripts=tuple(Script(origin, text) for origin, text in settings.scripts),
+        env_names=tuple(entry.name for entry in settings.env),
+    )
+    return Plan(image, spec, checks.notices(loaded))

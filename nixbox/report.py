@@ -1,0 +1,118 @@
+"""What a command tells people while it works: on stderr, a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Reporter:
+    """Says nothing: what a library caller gets."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know and that stays on the screen."""
+
+    def phase(self, text: str) -> None:
+        """What is being done now."""
+
+    def transfer(self, done: int, total: int, files: int, all_files: int) -> None:
+        """How far a download is: bytes and files."""
+
+    def output(self, line: str) -> None:
+        """A line of a guest's or a build's own output that is being followed."""
+
+    def done(self) -> None:
+        """The phases are over; take the live display away."""
+
+
+class LineReporter(Reporter):
+    """Plain lines on stderr; a transfer says something every few seconds."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def phase(self, text: str) -> None:
+        print(f"· {text}", file=sys.stderr, flush=True)
+
+    def transfer(self, done: int, total: int, files: int, all_files: int) -> None:
+        if time.monotonic() - self._last >= 3 or files == all_files:
+            self._last = time.monotonic()
+            self.phase(f"fetching packages: {files}/{all_files}, {done >> 20} of {total >> 20} MiB")
+
+    def output(self, line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+
+class LiveReporter(LineReporter):
+    """One live line with the phase, a bar where there is something to count, and the time it took so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def _start(self) -> Progress:
+        if self._progress is None:
+            # 80 ms of import, only where something takes long enough to be watched.
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}", markup=False),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._progress.start()
+        return self._progress
+
+    def phase(self, text: str) -> None:
+        progress = self._start()
+        if self._task is not None:
+            progress.remove_task(self._task)
+        self._task = progress.add_task(text, total=None, detail="")
+
+    def transfer(self, done: int, total: int, files: int, all_files: int) -> None:
+        if self._task is None:
+            self.phase("fetching packages")
+        assert self._task is not None
+        detail = f"{files}/{all_files} packages, {done >> 20}/{total >> 20} MiB"
+        self._start().update(self._task, completed=done, total=total, detail=detail)
+
+    def note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            super().note(text)
+
+    def output(self, line: str) -> None:
+        self.note(f"  {line}")
+
+    def done(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.done()
+
+
+def for_stderr() -> Reporter:
+    """The reporter that suits this process's stderr."""
+    return LiveReporter() if sys.stderr.isatty() else LineReporter()

@@ -1,0 +1,275 @@
+"""The one module that starts processes.
+
+`run` for short commands whose output is wanted, `stream` for long ones whose lines are followed, `spawn` for a
+process that outlives this one, `replace` to become another program. A child gets an allow-list of the
+environment, closed standard input unless asked, and a bound on its time.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from nixbox.errors import ExitCode, HostError, NixboxError, TimeoutExpired
+
+# What a child may see of our environment. Secrets of the caller's shell are not in it by default.
+_ENV_EXACT = frozenset(
+    (
+        *("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER", "NO_COLOR"),
+        *("SSL_CERT_FILE", "NIX_SSL_CERT_FILE"),
+        *("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY"),
+    )
+)
+_ENV_PREFIXES = ("LC_", "NIX_", "XDG_")
+
+# Which Debian package holds a program, for the hint when it is missing.
+_PACKAGES = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "apt-helper": "apt",
+    "e2fsck": "e2fsprogs",
+    "mke2fs": "e2fsprogs",
+    "nix": "nix-bin",
+    "nix-instantiate": "nix-bin",
+    "nix-store": "nix-bin",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "resize2fs": "e2fsprogs",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+}
+_TAIL_LINES = 30
+
+
+class CommandError(NixboxError):
+    """A program that was started failed; `code` is its exit code, `output` the end of what it printed."""
+
+    def __init__(self, argv: Sequence[str], code: int, output: str, hint: str | None = None) -> None:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        if code == 127:
+            how += " (command not found)"
+        tail = "\n".join(output.strip().splitlines()[-_TAIL_LINES:])
+        super().__init__(f"`{shlex.join(argv)}` {how}" + (f":\n{tail}" if tail else ""), hint)
+        self.code = code
+        self.output = output
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a finished command left: its exit code (negative: the signal that ended it) and its output."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child: the allow-list, then `extra`."""
+    env = {k: v for k, v in os.environ.items() if k in _ENV_EXACT or k.startswith(_ENV_PREFIXES)}
+    env.update(extra or {})
+    return env
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program, also from the sbin directories that an ordinary user's PATH may lack."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/lib/apt")
+
+
+def tool(name: str) -> str:
+    """The path of a program that must be there; raises HostError with the package that has it."""
+    found = find_tool(name)
+    if found is None:
+        package = _PACKAGES.get(name, name)
+        raise HostError(
+            f"the program `{name}` is not on this host",
+            hint=f"on Debian: apt install {package}; or enter the project's dev shell; `nixbox doctor` lists all",
+        )
+    return found
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    check: bool = True,
+    stdin: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    hint: str | None = None,
+) -> Completed:
+    """Run a command to its end and return its output (decoded as UTF-8, undecodable bytes replaced).
+
+    Raises HostError when the program is missing, TimeoutExpired after `timeout_s` seconds, and CommandError on
+    an exit code other than 0 when `check` is set.
+    """
+    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    try:
+        done = subprocess.run(
+            argv,
+            input=None if stdin is None else stdin.encode(),
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            timeout=timeout_s,
+            env=child_env(env),
+            cwd=cwd,
+            pass_fds=pass_fds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutExpired(f"`{shlex.join(argv)}` did not finish within {timeout_s:g} s") from None
+    out = Completed(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+    if check and out.code != 0:
+        raise CommandError(argv, out.code, out.stderr or out.stdout, hint)
+    return out
+
+
+def stream(
+    argv: Sequence[str],
+    *,
+    on_out: Callable[[str], None] | None = None,
+    on_err: Callable[[str], None] | None = None,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Completed:
+    """Run a long command, handing each line over as it comes; returns its code and the end of its output.
+
+    A line handler that raises, and Ctrl-C, end the child before the exception goes on. The wait is the
+    caller's to interrupt: builds and downloads have no natural bound.
+    """
+    import sh  # 60 ms of import that only builds and downloads pay
+
+    program = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    kept_out: deque[str] = deque(maxlen=400)
+    kept_err: deque[str] = deque(maxlen=400)
+    failures: list[BaseException] = []
+
+    def follow(kept: deque[str], handler: Callable[[str], None] | None) -> Callable[[str], bool | None]:
+        def on_line(line: str) -> bool | None:
+            kept.append(line)
+            try:
+                if handler is not None:
+                    handler(line.rstrip("\n"))
+            except BaseException as error:
+                failures.append(error)
+                return True  # sh: stop calling
+            return None
+
+        return on_line
+
+    process = sh.Command(program)(
+        *argv[1:],
+        _bg=True,
+        _bg_exc=False,
+        _in=stdin,
+        _out=follow(kept_out, on_out),
+        _err=follow(kept_err, on_err),
+        _env=child_env(env),
+        _cwd=str(cwd) if cwd else None,
+        _tty_out=False,
+        _new_session=False,
+        _new_group=True,  # Ctrl-C reaches us alone; we end the whole group below
+        _encoding="utf-8",
+        _decode_errors="replace",
+    )
+    code = 0
+    try:
+        process.wait()
+    except sh.ErrorReturnCode as error:
+        code = error.exit_code
+    except BaseException:
+        _end_group(process.pid)
+        raise
+    if failures:
+        raise failures[0]
+    return Completed(code, "".join(kept_out), "".join(kept_err))
+
+
+def _end_group(pid: int) -> None:
+    """End a process group of ours: SIGTERM, five seconds, SIGKILL."""
+    import time
+
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, sig)
+        except ProcessLookupError:
+            return
+        for _ in range(100):
+            try:
+                os.killpg(pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+def spawn(
+    argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one: its own session, no standard input, output appended to `log`."""
+    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(log, flags, 0o600)
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=fd,
+            stderr=fd,
+            start_new_session=True,
+            pass_fds=pass_fds,
+            env=child_env(env),
+            cwd="/",
+        )
+    finally:
+        os.close(fd)
+
+
+def attached(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    timeout_s: float | None,
+    forward: Callable[[signal.Signals], None],
+) -> int:
+    """Run a command on our own standard streams and return its exit code (128 + n after signal n).
+
+    SIGINT, SIGTERM and SIGHUP that reach us are handed to `forward`, and we go on waiting for the command to
+    end. After `timeout_s` seconds `forward` gets SIGTERM, two seconds later SIGKILL, and the code is 124, as
+    with timeout(1).
+    """
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {sig: signal.signal(sig, lambda number, _: forward(signal.Signals(number))) for sig in caught}
+    try:
+        with subprocess.Popen([tool(argv[0]), *argv[1:]], env=child_env(env)) as process:
+            try:
+                code = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                for sig in (signal.SIGTERM, signal.SIGKILL):
+                    forward(sig)
+                    try:
+                        process.wait(2)
+                        break
+                    except subprocess.TimeoutExpired:
+                        continue
+                process.kill()
+                return int(ExitCode.TIMEOUT)
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+    return 128 - code if code < 0 else code
+
+
+def replace(argv: Sequence[str]) -> NoReturn:
+    """Become another program: streams, terminal, signals and exit code are its own from here on."""
+    path = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    os.execve(path, list(argv), child_env())

@@ -1,0 +1,121 @@
+"""What `status`, `list` and `logs` show: collected here, printed by the CLI."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from nixbox.errors import NixboxError
+from nixbox.machine.record import MachineDir
+
+
+@dataclass(frozen=True, slots=True)
+class MachineView:
+    """One machine as it is now. `state`: `running`, `starting`, `stopped`, or what stopped it (`io-error`)."""
+
+    name: str
+    state: str
+    workspace: str
+    image: str
+    backend: str
+    accelerator: str
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    disk_used_bytes: int
+    user: str
+    ssh_port: int | None
+    pid: int | None
+    created_at: int
+    started_at: int | None
+    setup_done: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def machine_view(machine: MachineDir) -> MachineView:
+    """Look at one machine. Raises NotRunningError when there is none."""
+    from nixbox.machine.overlay import allocated_bytes
+
+    record = machine.load()
+    alive = machine.alive()
+    return MachineView(
+        name=record.name,
+        state=_state(machine, record.ready) if alive else "stopped",
+        workspace=str(machine.workspace),
+        image=record.image,
+        backend=record.backend,
+        accelerator=record.accelerator,
+        vcpus=record.vcpus,
+        memory_mib=record.memory_mib,
+        disk_mib=record.disk_mib,
+        disk_used_bytes=allocated_bytes(machine.overlay) if machine.overlay.exists() else 0,
+        user=record.user,
+        ssh_port=record.ssh_port if alive else None,
+        pid=record.pid if alive else None,
+        created_at=record.created_at,
+        started_at=record.started_at if alive else None,
+        setup_done=record.setup is not None,
+    )
+
+
+def _state(machine: MachineDir, ready: bool) -> str:
+    if not ready:
+        return "starting"
+    from nixbox.machine.qemu import Qemu
+
+    try:
+        return Qemu().status(machine.sockets)
+    except NixboxError:
+        # Somebody else is speaking to the monitor, or the VM is just ending: the lock says that it lives.
+        return "running"
+
+
+def size(count: int) -> str:
+    """`1.5 GiB`, `12 MiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def duration(seconds: int) -> str:
+    """`3 d 4 h`, `5 min`, `12 s`."""
+    for unit, length, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= length:
+            return f"{seconds // length} {unit} {seconds % length // part} {lower}"
+    return f"{seconds} s"
+
+
+def show_log(path: Path, machine: MachineDir, *, follow: bool, out: TextIO) -> None:
+    """Print a log; with `follow` go on until the machine stops or Ctrl-C."""
+    safe = out.isatty()  # what a guest wrote must not drive the user's terminal
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            text = file.read()
+            if text:
+                out.write(_printable(text) if safe else text)
+                out.flush()
+            elif not follow or not machine.alive():
+                return
+            else:
+                time.sleep(0.2)  # a plain file has no event to wait for that every host knows
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "" if c == "\r" else "?" for c in text)
+
+
+def print_rows(rows: list[list[str]], header: list[str]) -> None:
+    """A plain table on stdout."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
