@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -58,14 +57,10 @@ def _nix() -> Iterator[Finding]:
     yield Finding("ok", "nix", f"version {setup.version}")
     for reason in setup.reasons:
         yield Finding("ok", "nix", f"nixbox passes an option, since {reason}")
-    daemon = Path("/nix/var/nix/daemon-socket/socket")
-    if not os.access(store.STORE, os.W_OK) and not daemon.exists():
-        yield Finding(
-            "missing",
-            "nix store",
-            f"{store.STORE} is not writable for you and no Nix daemon runs",
-            "on Debian: apt install nix-setup-systemd, and add yourself to the group nix-users",
-        )
+    root = store.private_root()
+    if root is not None:
+        detail = f"{store.STORE} is not yours to write and no Nix daemon runs: your own store is {root}"
+        yield Finding("ok", "nix store", detail)
 
 
 def _qemu() -> Iterator[Finding]:

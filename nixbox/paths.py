@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -87,6 +88,19 @@ def nix_dir() -> Path:
 def plugins_dir() -> Path:
     """The in-tree plugins: inside an installed wheel, or beside the package in a checkout."""
     return _data_dir("_plugins", "plugins")
+
+
+def require_space(directory: Path, needed_bytes: int, what: str) -> None:
+    """Raise NixboxError when the disk of `directory` has less than `needed_bytes` free for `what`.
+
+    Asked beforehand where a program that fills the disk would hang or leave a mess.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise NixboxError(
+            f"no space left for {what}: {directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed",
+            hint="free some space and try again; `nixbox image gc` removes unused images",
+        )
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:

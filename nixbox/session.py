@@ -159,7 +159,9 @@ class Sandbox:
         if (record.vcpus, record.memory_mib) != (spec.vcpus, spec.memory_mib):
             self.report.note("note: other resources take effect after `nixbox down` and `nixbox up`")
         setup = self._setup(plan, record.setup)
-        return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup)
+        # A setup that ran only now had failed before, and the start never came to its scripts.
+        failed = self._scripts(plan) if setup == "ran" else ()
+        return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
 
     def _prepare(self, plan: Plan, image: Image, choice: Choice) -> Record:
         """Directories, record, keys and overlay disk; the record is written when all else is there."""
@@ -181,7 +183,7 @@ class Sandbox:
         elif spec.disk_mib < disk_mib and old is not None:
             self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
         ssh.make_keys(machine.ssh)
-        if machine.image_root.resolve() != image.path:
+        if not machine.image_root.is_symlink() or machine.image_root.readlink() != image.path:
             if old is not None and old.image != str(image.path):
                 self.report.note("the image has changed: the machine's own files stay on top of the new one")
             store.add_root(machine.image_root, image.path)
@@ -207,9 +209,9 @@ class Sandbox:
         machine, qemu = self.machine, self._backend()
         spec = VmSpec(
             name=machine.name,
-            kernel=image.path / "vmlinux",
-            initrd=image.path / "initrd",
-            root=(image.path / "root.squashfs").resolve(),
+            kernel=image.file("vmlinux"),
+            initrd=image.file("initrd"),
+            root=image.file("root.squashfs"),
             overlay=machine.overlay,
             console_log=machine.console_log,
             vcpus=record.vcpus,

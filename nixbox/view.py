@@ -99,11 +99,12 @@ def show_log(path: Path, machine: MachineDir, *, follow: bool, out: TextIO) -> N
     safe = out.isatty()  # what a guest wrote must not drive the user's terminal
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
+            more = follow and machine.alive()  # asked before reading: a machine's last words are not lost
             text = file.read()
             if text:
                 out.write(_printable(text) if safe else text)
                 out.flush()
-            elif not follow or not machine.alive():
+            elif not more:
                 return
             else:
                 time.sleep(0.2)  # a plain file has no event to wait for that every host knows

@@ -68,8 +68,8 @@ ${base}
 
 [debian]
 # By default the mirrors of this host's apt sources.
-#mirror = "http://deb.debian.org/debian"
-#security_mirror = "http://security.debian.org/debian-security"
+#mirror = "http://mirror.example/debian"
+#security_mirror = "http://mirror.example/debian-security"
 #suite = "${suite}"
 
 [machine]

@@ -124,7 +124,7 @@ def _check_env_name(value: str) -> str:
 
 
 def _check_url(value: str) -> str:
-    wanted = "is not a mirror: write an http, https or file URL such as `http://deb.debian.org/debian`"
+    wanted = "is not a mirror: write an http, https or file URL such as `http://mirror.example/debian`"
     try:
         url = urlsplit(value)
     except ValueError:

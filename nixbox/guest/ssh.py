@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import paths, run
+from nixbox.errors import HostError
 from nixbox.guest.control import env_text
 
 _TIMEOUT_S = 30.0
@@ -37,7 +38,8 @@ def make_keys(directory: Path) -> None:
             continue
         # ssh-keygen writes the two files one after the other: make them aside, the private one last.
         new = directory / f"{name}.new"
-        for leftover in (new, Path(f"{new}.pub")):
+        # An old private key without its other half goes first, or it could be taken for the new one's.
+        for leftover in (key, new, Path(f"{new}.pub")):
             leftover.unlink(missing_ok=True)
         argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nixbox", "-f", str(new)]
         run.run(argv, timeout_s=_TIMEOUT_S)
@@ -47,7 +49,10 @@ def make_keys(directory: Path) -> None:
 
 def _quoted(path: Path) -> str:
     """A path in ssh_config(5): quoted, and `%` doubled where tokens are expanded."""
-    return '"' + str(path).replace("%", "%%") + '"'
+    text = str(path)
+    if "${" in text or not text.isprintable():  # ssh_config(5) has no escape for either
+        raise HostError(f"ssh cannot work in a directory with `${{` or control characters in its name: {text!r}")
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%") + '"'
 
 
 def write_config(directory: Path, name: str, user: str, port: int, control: Path) -> Endpoint:

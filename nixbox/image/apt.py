@@ -31,6 +31,7 @@ KEYRINGS = (
 )
 _SOURCES = Path("/etc/apt")
 _ROLLING = ("sid", "unstable", "experimental")  # neither updates nor security suites
+_OFF = ("no", "false", "without", "off", "disable", "0")  # apt's StringToBool
 _UPDATE_TIMEOUT_S = 180.0
 _QUERY_TIMEOUT_S = 60.0
 
@@ -78,7 +79,8 @@ def _deb822_entries(text: str) -> Iterator[_Entry]:
                 key, _, value = line.partition(":")
                 key = key.strip().lower()
                 fields[key] = value.split()
-        if "deb" in fields.get("types", []) and fields.get("enabled", ["yes"])[0].lower() != "no":
+        off = " ".join(fields.get("enabled", [])).lower() in _OFF
+        if "deb" in fields.get("types", []) and not off:
             for uri in fields.get("uris", []):
                 suites, components = fields.get("suites", []), fields.get("components", [])
                 yield _Entry(uri.rstrip("/"), tuple(suites), tuple(components))
@@ -103,7 +105,8 @@ def _resolve_mirror_file(uri: str) -> str:
             lines = Path(uri.removeprefix("mirror+file:")).read_text().split("\n")
         except OSError:
             return ""
-        return next((line.split()[0].rstrip("/") for line in lines if line.strip()), "")
+        named = (line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        return next(named, "").rstrip("/")
     return uri
 
 
@@ -122,7 +125,7 @@ def host_mirrors(directory: Path = _SOURCES) -> Mirrors | None:
         for suite in entry.suites:
             if suite.endswith("-security") and (last == "debian-security" or last.endswith("security")):
                 security = security or uri
-            elif last.startswith("debian") and "security" not in last:
+            elif last.startswith("debian") and "security" not in last and "/" not in suite:
                 debian = debian or uri
     return Mirrors(debian, security) if debian else None
 
@@ -137,7 +140,7 @@ def mirrors(configured: str | None, configured_security: str | None) -> Mirrors:
             "no Debian mirror: the host's apt sources name none",
             hint='set one in .nixbox/config.toml: [debian] mirror = "http://…/debian"',
         )
-    return Mirrors(host.debian, configured_security or host.security)
+    return Mirrors(host.debian, configured_security.rstrip("/") if configured_security else host.security)
 
 
 def _keyring() -> Path:
@@ -212,6 +215,8 @@ class AptRoot:
 
     def update(self) -> None:
         """Fetch the signed metadata. Raises NixboxError naming the mirror when it cannot be reached."""
+        # With a full disk apt waits for ever. Package lists and apt's index of them take about 140 MiB.
+        paths.require_space(self.directory, 160 << 20, "the package lists")
         argv = ["apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any"]
         done = run.run(argv, timeout_s=_UPDATE_TIMEOUT_S, env=self._env, check=False)
         if done.code == 0:
@@ -251,8 +256,11 @@ class AptRoot:
         argv = ["apt-get", *(f"-o={o}" for o in options), "install", "-qq", "-y", "--print-uris", *requests]
         done = run.run(argv, timeout_s=_QUERY_TIMEOUT_S, env=self._env, check=False)
         if done.code != 0:
+            # -qq takes the reasons away as well: ask once more for them.
+            loud = run.run([w for w in argv if w != "-qq"], timeout_s=_QUERY_TIMEOUT_S, env=self._env, check=False)
+            why = loud.stdout.partition("unmet dependencies:")[2].strip("\n")
             raise ConfigError(
-                f"apt cannot resolve {shlex.join(requests)}:\n{done.stdout.strip()}\n{done.stderr.strip()}",
+                f"apt cannot resolve {shlex.join(requests)}:\n{why}\n{done.stderr.strip()}",
                 hint="change `packages` in the config, the profile or the plugins",
             )
         return self._packages(done.stdout)
@@ -268,7 +276,7 @@ class AptRoot:
         for line in uris.splitlines():
             match = re.fullmatch(r"'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})", line.strip())
             if match is None:
-                raise NixboxError(f"apt gave no SHA-256 for {line.split()[0]}")
+                raise NixboxError(f"apt gave no SHA-256 for {line.partition(' ')[0]}")
             url, file, size, sha256 = match.groups()
             # "name_version_arch.deb"; apt percent-encodes the epoch's colon (and only that) in file names.
             name, version, arch = file.removesuffix(".deb").split("_")

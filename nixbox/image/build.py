@@ -23,16 +23,23 @@ _LOG_TAIL = 25
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A built image: `path` is its store path, `root` the garbage collector root that keeps it."""
+    """A built image: `path` is its store path, `root` the garbage collector root that keeps it.
+
+    Its files are opened by `file`, never by `path`, which a private store does not have where it says.
+    """
 
     path: Path
     root: Path
     fresh: bool
 
+    def file(self, name: str) -> Path:
+        """Where a file of the image really lies."""
+        return store.physical(self.path / name)
+
     @property
     def meta(self) -> dict[str, Any]:
         """The parsed `image.json`."""
-        data: dict[str, Any] = json.loads((self.path / "image.json").read_text())
+        data: dict[str, Any] = json.loads(self.file("image.json").read_text())
         return data
 
 
@@ -55,7 +62,8 @@ def key(spec: ImageSpec, lock_text: str) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(paths.nix_dir().rglob("*")):
-        if file.is_file():
+        # flake/ is how other flakes come in, and no part of an image.
+        if file.is_file() and "flake" not in file.relative_to(paths.nix_dir()).parts:
             digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
@@ -71,11 +79,13 @@ def roots_dir() -> Path:
 def built(image_key: str) -> Image | None:
     """The image of this key, when it was built before and its root kept it."""
     root = roots_dir() / image_key
-    # A root keeps its target alive, so a target that is there is whole.
-    target = root.resolve()
-    if root.is_symlink() and (target / "image.json").exists():
-        return Image(target, root, fresh=False)
-    return None
+    try:
+        # A root keeps its target alive, so a target that is there is whole.
+        image = Image(root.readlink(), root, fresh=False)
+        image.file("image.json")
+    except OSError:
+        return None
+    return image
 
 
 class BuildError(NixboxError):
@@ -157,7 +167,7 @@ def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Repor
     argv = ["nix", *options, "build", "--log-format", "internal-json", "--json", "-f", str(source)]
     argv += ["--out-link", str(root), "image", "inputs"]
     log = _Log(reporter)
-    done = run.stream(argv, on_err=log.line)
+    done = run.stream(argv, on_err=log.line, env=store.env())
     if done.code != 0:
         raise log.failure(done.code)
     path = Path(json.loads(done.stdout)[0]["outputs"]["out"])

@@ -12,7 +12,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,23 +64,18 @@ def _download(
     packages: Sequence[LockedPackage], mirrors: Mirrors, target: Path, progress: Progress | None
 ) -> dict[str, Path]:
     """Fetch packages into `target`; returns pool path → file. Raises GoneError naming what is missing."""
+    paths.require_space(target, sum(package.size for package in packages), "downloads")
     urls = mirrors.as_dict()
+    sources: dict[str, str] = {}
     files: dict[str, Path] = {}
-    argv = [run.tool("apt-helper"), "download-file"]
     for package in packages:
         files[package.path] = target / deb_name(package)
         base = urls.get(package.repo, urls["debian"])
-        argv += [f"{base}/{quote(package.path, safe='/+:~')}", str(files[package.path])]
-        argv.append(f"SHA256:{package.sha256}")
-    total, seen, size = sum(p.size for p in packages), 0, 0
-
-    def on_line(line: str) -> None:
-        nonlocal seen, size
-        if progress and line.startswith("Get:") and seen < len(packages):
-            seen, size = seen + 1, size + packages[seen].size
-            progress(size, total, seen, len(packages))
-
-    done = run.stream(argv, on_out=on_line, env={"LC_ALL": "C"})
+        sources[package.path] = f"{base}/{quote(package.path, safe='/+:~')}"
+    if run.find_tool("apt-helper"):
+        done = _by_apt(packages, sources, files, progress)
+    else:
+        done = _by_python(packages, sources, files, progress)
     if "No space left on device" in done.stderr + done.stdout:
         raise NixboxError(f"no space left on the disk of {target.parent}", hint="free some space and try again")
     bad = [
@@ -99,9 +94,48 @@ def _download(
     return files
 
 
-def nix_can_fetch_alone() -> bool:
-    """Whether there is no apt here, so that Nix's own fetcher must do it (slower)."""
-    return run.find_tool("apt-helper") is None
+def _by_apt(
+    packages: Sequence[LockedPackage],
+    sources: Mapping[str, str],
+    files: Mapping[str, Path],
+    progress: Progress | None,
+) -> run.Completed:
+    """apt's own transports: pipelined, through the host's proxies, checked against the hash as they arrive."""
+    argv = ["apt-helper", "download-file"]
+    for package in packages:
+        argv += [sources[package.path], str(files[package.path]), f"SHA256:{package.sha256}"]
+    total, seen, size = sum(p.size for p in packages), 0, 0
+
+    def on_line(line: str) -> None:
+        nonlocal seen, size
+        if progress and line.startswith("Get:") and seen < len(packages):
+            seen, size = seen + 1, size + packages[seen].size
+            progress(size, total, seen, len(packages))
+
+    return run.stream(argv, on_out=on_line, env={"LC_ALL": "C"})
+
+
+def _by_python(
+    packages: Sequence[LockedPackage],
+    sources: Mapping[str, str],
+    files: Mapping[str, Path],
+    progress: Progress | None,
+) -> run.Completed:
+    """For hosts without apt, where only the bootstrap comes this way: Nix fetches the rest by itself."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    errors = []
+    for number, package in enumerate(packages, 1):
+        try:
+            # The scheme is http, https or file: config and apt sources were checked for it.
+            with urlopen(sources[package.path], timeout=60) as answer, files[package.path].open("wb") as file:  # noqa: S310
+                shutil.copyfileobj(answer, file)
+        except (URLError, OSError) as error:
+            errors.append(f"E: {package.name}: {error}")
+        if progress:
+            progress(package.size, package.size, number, len(packages))
+    return run.Completed(1 if errors else 0, "", "\n".join(errors))
 
 
 def _unpack_busybox(deb: Path, target: Path) -> Path:
@@ -130,10 +164,11 @@ def _unpack_busybox(deb: Path, target: Path) -> Path:
 def busybox_nar_hash(package: LockedPackage, mirrors: Mirrors) -> str:
     """Fetch the bootstrap busybox and return the NAR hash of its unpacked tree."""
     with _work_dir() as work:
-        deb = deb_path(package)
-        if store.invalid([deb]):
+        if store.invalid([deb_path(package)]):
             deb = _download([package], mirrors, work, None)[package.path]
             store.add_files([deb])
+        else:
+            deb = store.physical(deb_path(package))
         return store.nar_hash(_unpack_busybox(deb, work))
 
 
@@ -145,16 +180,18 @@ def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None) -> in
     wanted = {deb_path(p): p for p in lock.all_packages()}
     missing = store.invalid(wanted)
     bootstrap = lock.bootstrap.package
+    if run.find_tool("apt-helper") is None:
+        missing &= {deb_path(bootstrap)}
     fetched = 0
     with _work_dir() as work:
-        if missing and not nix_can_fetch_alone():
+        if missing:
             packages = [wanted[path] for path in sorted(missing)]
             files = _download(packages, mirrors, work, progress)
             store.add_files(list(files.values()))
             fetched = len(files)
         busybox = store.recursive_path(BUSYBOX, lock.bootstrap.nar_hash)
         if store.invalid([busybox]) and not store.invalid([deb_path(bootstrap)]):
-            added = store.add_tree(_unpack_busybox(deb_path(bootstrap), work))
+            added = store.add_tree(_unpack_busybox(store.physical(deb_path(bootstrap)), work))
             if added != busybox:
                 raise NixboxError(
                     f"the lock's bootstrap hash does not fit {bootstrap.name} {bootstrap.version}",

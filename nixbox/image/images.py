@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nixbox import paths
-from nixbox.image import store
+from nixbox.image import build, store
 from nixbox.image.build import roots_dir
 
 
@@ -47,10 +45,10 @@ def all_images() -> list[ImageInfo]:
     """Every image with a root under the cache directory, newest first."""
     found = []
     for root in sorted(roots_dir().glob("*")):
-        target = root.resolve()
-        if not root.is_symlink() or not (target / "image.json").exists():
+        image = build.built(root.name)
+        if image is None:
             continue
-        meta = json.loads((target / "image.json").read_text())
+        target, meta = image.path, image.meta
         found.append(
             ImageInfo(
                 key=root.name,
@@ -90,7 +88,7 @@ def collect(images: list[ImageInfo]) -> Collected:
         for suffix in ("", "-1"):  # `nix build` roots the image and, beside it, what a rebuild needs
             root = roots_dir() / f"{image.key}{suffix}"
             if root.is_symlink():
-                candidates |= set(store.requisites(root.resolve()))
+                candidates |= set(store.requisites(root.readlink()))
                 root.unlink()
         (roots_dir() / f"{image.key}.nix").unlink(missing_ok=True)
     dead = store.dead(candidates)
@@ -105,8 +103,3 @@ def age(seconds_since_epoch: int) -> str:
         if seconds >= length:
             return f"{seconds // length} {unit}"
     return "now"
-
-
-def cache_note() -> Path:
-    """Where the roots lie, for messages."""
-    return paths.cache_dir() / "images"

@@ -65,7 +65,8 @@ class LockedPackage(_Strict):
     version: str = Field(pattern=r"^[A-Za-z0-9.+~:-]+$")
     arch: str = Field(pattern=r"^[a-z0-9-]+$")
     repo: apt.Repo
-    path: str = Field(pattern=r"^pool/[A-Za-z0-9.+~:%_/-]+\.deb$")
+    # No part begins with a dot: the path stays inside the repository.
+    path: str = Field(pattern=r"^pool(/[A-Za-z0-9+~:%_-][A-Za-z0-9.+~:%_-]*)+\.deb$")
     size: int = Field(gt=0)
     sha256: str = Field(pattern=_SHA256)
 

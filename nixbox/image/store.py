@@ -16,7 +16,6 @@ from nixbox import run
 from nixbox.errors import HostError
 
 STORE = Path("/nix/store")
-_CACHE_NIXOS = "https://cache.nixos.org"
 _TIMEOUT_S = 120.0
 # Nix's own base-32 alphabet: no e, o, u, t (libutil/hash.cc).
 _BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"
@@ -31,19 +30,65 @@ class NixSetup:
     reasons: tuple[str, ...]
 
 
+_DAEMON_SOCKET = Path("/nix/var/nix/daemon-socket/socket")
+
+
+@functools.cache
+def private_root() -> Path | None:
+    """The directory of a store of the user's own, where the host's store cannot be used; None where it can.
+
+    It is the place that Nix 2.10 and later choose by themselves in that case ("local store", Nix manual); older
+    ones must be told. Builds run in a user namespace that shows it as /nix. $NIX_REMOTE may name another place.
+    """
+    remote = os.environ.get("NIX_REMOTE", "")
+    if remote.startswith("/"):
+        return Path(remote)
+    if remote or os.access(STORE, os.W_OK) or os.access(_DAEMON_SOCKET, os.W_OK):
+        return None
+    data = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(data) if data.startswith("/") else Path.home() / ".local/share") / "nix/root"
+
+
+def physical(path: Path) -> Path:
+    """Where a file of the store really lies, symlinks followed: with a private store not where its name says.
+
+    Raises FileNotFoundError when it is not there.
+    """
+    root = private_root()
+    if root is None:
+        return path.resolve(strict=True)
+    for _ in range(40):  # as many links as the kernel follows (path_resolution(7))
+        place = root / path.relative_to("/") if path.is_relative_to(STORE) else path
+        if not place.is_symlink():
+            return place.resolve(strict=True)
+        path = place.parent / place.readlink()
+    raise FileNotFoundError(f"too many links: {path}")
+
+
+def env() -> dict[str, str]:
+    """What Nix commands need in their environment."""
+    root = private_root()
+    return {"NIX_REMOTE": str(root)} if root else {}
+
+
+def _nix(argv: Sequence[str], *, check: bool = True, timeout_s: float = _TIMEOUT_S) -> run.Completed:
+    return run.run(argv, timeout_s=timeout_s, check=check, env=env())
+
+
 @functools.cache
 def setup() -> NixSetup:
     """Look at this host's Nix once. Raises HostError when there is none or it cannot be used."""
-    version = run.run(["nix", "--version"], timeout_s=_TIMEOUT_S).stdout.rpartition(" ")[2].strip()
+    version = _nix(["nix", "--version"]).stdout.rpartition(" ")[2].strip()
     features = ("--extra-experimental-features", "nix-command flakes")
     # The command was renamed in Nix 2.20.
     for words in (["config", "show"], ["show-config"]):
-        done = run.run(["nix", *features, *words, "--json"], timeout_s=_TIMEOUT_S, check=False)
+        done = _nix(["nix", *features, *words, "--json"], check=False)
         if done.code == 0:
             break
     else:
         raise HostError(f"nix does not answer: {done.stderr.strip()}", hint="try `nix show-config` yourself")
-    config = {key: entry["value"] for key, entry in json.loads(done.stdout).items()}
+    said = json.loads(done.stdout)
+    config = {key: entry["value"] for key, entry in said.items()}
     options: list[str] = []
     reasons: list[str] = []
 
@@ -58,8 +103,8 @@ def setup() -> NixSetup:
     group = str(config.get("build-users-group") or "")
     if group and os.geteuid() == 0 and not _has_members(group):
         add(("--option", "build-users-group", ""), f"the group {group} has no build users")
-    substituters = config.get("substituters") or []
-    if [str(s).rstrip("/") for s in substituters] == [_CACHE_NIXOS]:
+    substituters = said.get("substituters", {})
+    if substituters.get("value") and substituters["value"] == substituters.get("defaultValue"):
         # Nothing of a Debian image is ever in that cache, and asking costs seconds without a network.
         add(("--option", "substituters", ""), "only the public Nix cache is set, which has no Debian images")
     return NixSetup(version, tuple(options), tuple(reasons))
@@ -105,7 +150,7 @@ def invalid(paths: Iterable[Path]) -> set[Path]:
     if not wanted:
         return set()
     argv = ["nix-store", "--check-validity", "--print-invalid", *wanted]
-    return {Path(line) for line in run.run(argv, timeout_s=_TIMEOUT_S).stdout.split()}
+    return {Path(line) for line in _nix(argv).stdout.split()}
 
 
 def add_files(files: Sequence[Path]) -> None:
@@ -113,31 +158,28 @@ def add_files(files: Sequence[Path]) -> None:
     # Bounded command lines: a lock has hundreds of files.
     for start in range(0, len(files), 100):
         argv = ["nix-store", "--add-fixed", "sha256", *map(str, files[start : start + 100])]
-        run.run(argv, timeout_s=_TIMEOUT_S, hint=_STORE_HINT)
-
-
-_STORE_HINT = "the Nix store must be writable for you: run a Nix daemon (Debian: nix-setup-systemd), or be root"
+        _nix(argv)
 
 
 def add_tree(directory: Path) -> Path:
     """Add a directory under its own name, content-addressed (recursive SHA-256); returns the store path."""
     argv = ["nix-store", "--add-fixed", "--recursive", "sha256", str(directory)]
-    return Path(run.run(argv, timeout_s=_TIMEOUT_S, hint=_STORE_HINT).stdout.strip())
+    return Path(_nix(argv).stdout.strip())
 
 
 def nar_hash(path: Path) -> str:
     """The NAR hash of a file tree as `sha256-…` (base 64)."""
     argv = ["nix", *setup().options, "hash", "path", "--type", "sha256", "--sri", str(path)]
-    done = run.run(argv, timeout_s=_TIMEOUT_S, check=False)
+    done = _nix(argv, check=False)
     if done.code != 0:  # newer Nix: SHA-256 and SRI are the defaults, and the options are gone
-        done = run.run(["nix", *setup().options, "hash", "path", str(path)], timeout_s=_TIMEOUT_S)
+        done = _nix(["nix", *setup().options, "hash", "path", str(path)])
     return done.stdout.strip()
 
 
 def requisites(path: Path) -> list[Path]:
     """A store path with everything it refers to."""
     argv = ["nix-store", "--query", "--requisites", str(path)]
-    return [Path(line) for line in run.run(argv, timeout_s=_TIMEOUT_S).stdout.split()]
+    return [Path(line) for line in _nix(argv).stdout.split()]
 
 
 def sizes(paths: Iterable[Path]) -> int:
@@ -145,7 +187,7 @@ def sizes(paths: Iterable[Path]) -> int:
     wanted = [str(path) for path in paths]
     if not wanted:
         return 0
-    found = run.run(["nix-store", "--query", "--size", *wanted], timeout_s=_TIMEOUT_S).stdout.split()
+    found = _nix(["nix-store", "--query", "--size", *wanted]).stdout.split()
     return sum(map(int, found))
 
 
@@ -157,7 +199,7 @@ def closure_size(path: Path) -> int:
 def roots_of(path: Path) -> list[Path]:
     """The garbage collector roots (files outside the store) that keep a path alive."""
     argv = ["nix-store", "--query", "--roots", str(path)]
-    lines = run.run(argv, timeout_s=_TIMEOUT_S, check=False).stdout.splitlines()
+    lines = _nix(argv, check=False).stdout.splitlines()
     return [Path(line.split(" -> ")[0]) for line in lines if line.startswith("/")]
 
 
@@ -165,18 +207,18 @@ def add_root(link: Path, path: Path) -> None:
     """Make `link` a symlink to a store path and register it as a garbage collector root."""
     link.unlink(missing_ok=True)
     argv = ["nix-store", "--realise", str(path), "--add-root", str(link), "--indirect"]
-    run.run(argv, timeout_s=_TIMEOUT_S)
+    _nix(argv)
 
 
 def dead(paths: Iterable[Path]) -> list[Path]:
     """Those of the paths that no garbage collector root reaches."""
     wanted = set(paths)
-    printed = run.run(["nix-store", "--gc", "--print-dead"], timeout_s=_TIMEOUT_S).stdout.split()
+    printed = _nix(["nix-store", "--gc", "--print-dead"]).stdout.split()
     return sorted(wanted & {Path(line) for line in printed})
 
 
 def delete(paths: Sequence[Path]) -> int:
     """Delete dead store paths; returns how many there were. Raises CommandError when Nix refuses."""
     if paths:
-        run.run(["nix-store", "--delete", *map(str, paths)], timeout_s=600)
+        _nix(["nix-store", "--delete", *map(str, paths)], timeout_s=600)
     return len(paths)

@@ -4,6 +4,7 @@
 { lock, debName, fetchDeb, inTools }:
 let
   lines = builtins.concatStringsSep "\n";
+  multiarch = { amd64 = "x86_64-linux-gnu"; arm64 = "aarch64-linux-gnu"; }.${lock.arch};
 
   # fakeroot records owners, modes and setuid bits that the sandbox's single uid cannot hold; sqfstar reads
   # them back from the tar stream.
@@ -20,7 +21,7 @@ let
     # chown to an id that is not mapped fails with EINVAL, which fakeroot does not forgive unless told.
     export FAKEROOTDONTTRYCHOWN=1
     # Must exist at the same path inside the target, where maintainer scripts run with it preloaded.
-    export L=/usr/lib/x86_64-linux-gnu/libfakeroot
+    export L=/usr/lib/${multiarch}/libfakeroot
     mm() { fakeroot mmdebstrap --mode=root --skip=chroot/mount/dev,chroot/mount/sys,output/dev "$@"; }
     pack() {
       sqfstar -quiet -no-progress -root-mode 0755 -root-uid 0 -root-gid 0 \

@@ -85,7 +85,9 @@ rec {
       mount -t proc proc $T/proc
       mount --rbind /dev $T/dev
       mount --rbind /nix $T/nix
-      mount -t tmpfs -o mode=755 tmpfs $T/tmp
+      # On the disk, not in memory: an image may be larger than what this machine has.
+      mkdir $NIX_BUILD_TOP/.tmp
+      mount --bind $NIX_BUILD_TOP/.tmp $T/tmp
       mkdir -p $T$NIX_BUILD_TOP
       mount --rbind $NIX_BUILD_TOP $T$NIX_BUILD_TOP
       export PATH=/usr/sbin:/usr/bin TMPDIR=/tmp HOME=/root

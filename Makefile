@@ -1,0 +1,38 @@
+# make up     set up, build the image, boot the example and run a first command in it
+# make test   every test
+.PHONY: setup up down test lint format bench lock clean
+
+NIXBOX = ../../.venv/bin/nixbox
+
+setup:
+	@scripts/setup
+
+up: setup
+	@cd examples/hello && $(NIXBOX) up && $(NIXBOX) run -- sh -c 'uname -a; cat /etc/os-release'
+
+down:
+	@cd examples/hello && $(NIXBOX) down
+
+test: setup
+	@.venv/bin/pytest
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: setup
+	@.venv/bin/ruff check --fix --quiet .
+	@.venv/bin/ruff format --quiet .
+
+bench:
+	@scripts/setup bench
+	@.venv/bin/python -m bench
+
+# Move the Python dependencies to today's versions (needs uv from PyPI).
+lock:
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 --extra dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,255 @@
+"""Real locks and real `nix build`s of Debian images, and how their failures read."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vm.conftest import RESOURCES, Home, Workspace
+from tests.vm.test_lifecycle import Disk
+
+CONFIG = f'name = "box"\nprofile = "dev"\nmounts = []\n{RESOURCES}'
+
+
+def _nix(box: Workspace, *argv: str) -> subprocess.CompletedProcess[str]:
+    from nixbox.image import store
+
+    options = ["--option", "sandbox", "true", "--option", "substituters", ""]
+    env = dict(box.env)
+    if store.private_root() is not None:
+        env["NIX_REMOTE"] = str(Path(env["HOME"]) / ".local/share/nix/root")
+    return subprocess.run([*argv, *options], check=False, capture_output=True, text=True, env=env)
+
+
+def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
+    workspace.config(CONFIG, 'packages = ["tree"]\nbuild = "date -R -r / > /etc/when; useradd -m builder"\n')
+    path = workspace("build").stdout.strip()
+    drv = _nix(workspace, "nix-store", "--query", "--deriver", path).stdout.strip()
+    inputs = _nix(workspace, "nix-store", "--query", "--requisites", drv).stdout.split()
+    checked = []
+    for each in inputs:
+        # Fixed outputs (.debs, the bootstrap) are what their hash says; everything that is built is built again.
+        if each.endswith(".drv") and not each.endswith((".deb.drv", "nixbox-busybox.drv")):
+            done = _nix(workspace, "nix-store", "--realise", "--check", each)
+            assert done.returncode == 0, done.stderr[-3000:]
+            checked.append(each[44:-4])
+    assert sorted(checked) == [
+        "nixbox-debian-base.squashfs",
+        "nixbox-debian-built.squashfs",
+        "nixbox-debian-kernel",
+        "nixbox-debian-packages.squashfs",
+        "nixbox-debian-tools",
+        "nixbox-image",
+        "nixbox-initrd",
+    ]
+
+
+def test_an_image_says_what_it_is(home: Home, workspace: Workspace) -> None:
+    built = json.loads(workspace("build", "--json").stdout)
+    assert built["fresh"] is False, "the session's image serves: nothing was built again"
+    meta = built["image"]
+    names = {package["name"] for package in meta["packages"]}
+    assert {"bash", "openssh-server", "apt"} <= names
+    assert (meta["base"], meta["suite"], meta["reproducible"]) == ("debian", "trixie", True)
+    rows = json.loads(workspace("image", "list", "--json").stdout)
+    (row,) = [row for row in rows if row["path"] == built["path"]]
+    assert row["size_bytes"] > 50_000_000 and row["packages"] == len(meta["packages"])
+    text = workspace("image", "list").stdout
+    assert text.splitlines()[0].split() == ["NAME", "BASE", "PACKAGES", "SIZE", "AGE", "IN", "USE"]
+    expression = workspace("config", "--nix").stdout
+    assert "image.nix" in expression and "nixbox.lock" in expression
+
+
+def test_collecting_takes_only_what_no_machine_uses(workspace: Workspace) -> None:
+    workspace.config(CONFIG, 'build = "echo used > /etc/used"\n')
+    workspace("up")
+    used = workspace.status()["image"]
+    workspace("down")
+    workspace.config(CONFIG, 'build = "echo unused > /etc/unused"\n')
+    unused = workspace("build").stdout.strip()
+    # Every other image of the session is out of the way: collecting must not take it from the other tests.
+    others = _roots_kept(workspace)
+    try:
+        dry = workspace("image", "gc", "--dry-run").stdout
+        assert unused in dry and used not in dry
+        assert "--yes" in workspace("image", "gc", code=2).stderr
+        workspace("image", "gc", "--yes")
+    finally:
+        for root, target in others.items():
+            root.symlink_to(target)
+    rows = {row["path"]: row for row in json.loads(workspace("image", "list", "--json").stdout)}
+    assert unused not in rows and rows[used]["used_by"] == [f"{workspace.path}:box"]
+    assert "is not valid" in _nix(workspace, "nix-store", "--query", "--hash", unused).stderr
+    assert workspace("build").stdout.strip() == unused, "what was collected can be built again"
+
+
+def _roots_kept(box: Workspace) -> dict[Path, Path]:
+    """Take the roots of other tests' images away for a while; the base image stays alive through a machine's."""
+    mine = {Path(row["path"]).name for row in json.loads(box("image", "list", "--json").stdout)}
+    assert mine
+    kept = {}
+    for root in (Path(box.env["HOME"]) / ".cache/nixbox/images").glob("*"):
+        if root.is_symlink() and not _is_of_this_test(root):
+            kept[root] = root.readlink()
+            root.unlink()
+    return kept
+
+
+def _is_of_this_test(root: Path) -> bool:
+    source = root.with_name(root.name.removesuffix("-1") + ".nix")
+    text = source.read_text() if source.exists() else ""
+    return "/etc/used" in text or "/etc/unused" in text
+
+
+def test_unknown_packages_are_named_with_their_near_names(workspace: Workspace) -> None:
+    workspace.config(f'name = "box"\npackages = ["jqq", "no-such-thing-at-all", "tree"]\nmounts = []\n{RESOURCES}')
+    failed = workspace("build", code=2)
+    assert "no package `jqq` (near: jq" in failed.stderr
+    assert "no package `no-such-thing-at-all`" in failed.stderr
+    assert "`tree`" not in failed.stderr
+
+
+def test_a_build_script_that_fails_is_shown_with_its_log(workspace: Workspace) -> None:
+    workspace.config(CONFIG, 'build = """\necho about to fail\nls /not/there\necho not reached"""\n')
+    failed = workspace("build", code=1)
+    assert "the build of profile dev failed with exit code 2" in failed.stderr
+    assert "about to fail" in failed.stderr and "/not/there" in failed.stderr
+    assert "not reached" not in failed.stderr
+    assert "nix log" in failed.stderr
+
+
+def test_a_maintainer_script_that_fails_is_named(workspace: Workspace) -> None:
+    # A real one: installed on top of an image whose build put a file in its way.
+    workspace.config(
+        CONFIG, 'build = "rm /usr/sbin/update-ca-certificates; dpkg-reconfigure -f noninteractive ca-certificates"\n'
+    )
+    failed = workspace("build", code=1)
+    assert "update-ca-certificates" in failed.stderr and "profile dev" in failed.stderr
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server on loopback and the directory that it serves."""
+    handler = functools.partial(_Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path
+        httpd.shutdown()
+        thread.join()
+
+
+def test_a_build_has_no_network_unless_it_says_so(workspace: Workspace, server: tuple[str, Path]) -> None:
+    url, directory = server
+    (directory / "data").write_text("from the network\n")
+    script = f'build = "curl -sS -m 5 {url}/data -o /etc/fetched"\n'
+    workspace.config(CONFIG, script)
+    failed = workspace("build", code=1)
+    assert "curl" in failed.stderr and "profile dev failed" in failed.stderr
+
+    workspace.config(CONFIG, script + "build_network = true\n")
+    built = json.loads(workspace("build", "--json").stdout)
+    assert built["image"]["reproducible"] is False
+    listed = workspace("image", "list").stdout
+    assert "not reproducible (build_network)" in listed
+    workspace("up")
+    assert workspace.guest("cat /etc/fetched") == "from the network\n"
+    # The build saw the host's resolver; the image does not hold it.
+    assert "10.0.2.3" in workspace.guest("cat /etc/resolv.conf")
+
+
+def test_a_mirror_that_cannot_be_reached_is_named(workspace: Workspace) -> None:
+    mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
+    workspace.config(f'name = "box"\nmounts = []\n{RESOURCES}{mirror}')
+    lock = workspace.path / ".nixbox" / "nixbox.lock"
+    before = lock.read_text()
+    failed = workspace("lock", code=1)
+    assert "the Debian mirror http://127.0.0.1:9/debian cannot be used for trixie" in failed.stderr
+    assert lock.read_text() == before
+    workspace("build")  # everything that is locked is in the store: no mirror is needed
+
+
+def test_packages_that_are_gone_or_changed_are_named(workspace: Workspace, server: tuple[str, Path]) -> None:
+    url, directory = server
+    lock = workspace.path / ".nixbox" / "nixbox.lock"
+    data = json.loads(lock.read_text())
+    changed, gone = data["base_packages"][0], data["base_packages"][1]
+    changed["sha256"], gone["sha256"] = "1" * 64, "2" * 64
+    place = directory / changed["path"]
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"x" * changed["size"])
+    lock.write_text(json.dumps(data))
+    mirror = f'[debian]\nmirror = "{url}"\nsecurity_mirror = "{url}"\n'
+    workspace.config(f'name = "box"\nmounts = []\n{RESOURCES}{mirror}')
+    failed = workspace("build", code=1)
+    assert f"{gone['name']} {gone['version']}: not there" in failed.stderr
+    assert f"{changed['name']} {changed['version']}" in failed.stderr
+    assert "`nixbox lock` moves the lock" in failed.stderr
+    downloads = Path(workspace.env["HOME"]) / ".cache/nixbox/downloads"
+    assert list(downloads.iterdir()) == [], "no half state is left"
+
+
+def test_a_damaged_lock_is_named_field_by_field(workspace: Workspace) -> None:
+    lock = workspace.path / ".nixbox" / "nixbox.lock"
+    data = json.loads(lock.read_text())
+    data["kernel"]["sha256"] = "xyz"
+    data["tools"][0]["path"] = "../../etc/passwd"
+    lock.write_text(json.dumps(data))
+    failed = workspace("build", code=2)
+    assert "kernel.sha256" in failed.stderr and "tools.0.path" in failed.stderr
+
+
+def test_ctrl_c_during_a_build_leaves_no_half_state(workspace: Workspace) -> None:
+    workspace.config(CONFIG, 'packages = ["tree"]\nbuild = "sleep 300"\n')
+    build = workspace.start("build")
+    assert build.stderr is not None
+    for line in build.stderr:
+        if b"nixbox-debian-built" in line:
+            break
+    time.sleep(1)
+    build.send_signal(signal.SIGINT)
+    _, err = build.communicate(timeout=60)
+    assert build.returncode == 130, err.decode()
+    left = subprocess.run(["pgrep", "-fa", "sleep 300"], capture_output=True, text=True, check=False).stdout
+    assert left == "", "the builder ended too"
+    workspace.config(CONFIG, 'packages = ["tree"]\n')
+    workspace("build")
+
+
+def test_a_full_disk_during_a_build_is_said(workspace: Workspace, home: Home) -> None:
+    disk = Disk(workspace.path / "tmp", "20m")
+    workspace.prefix = disk.prefix
+    workspace.extra["TMPDIR"] = str(disk.place)
+    workspace.config(CONFIG, 'build = "head -c 300M /dev/urandom > /var/big"\n')
+    try:
+        failed = workspace("build", code=1)
+        assert "full" in failed.stderr, failed.stderr
+        assert disk.sh(f"ls {disk.place}") == ""
+    finally:
+        workspace.prefix = ()
+        disk.close()
+    # The same for what is fetched: the cache directory is on the small disk.
+    cache = Disk(workspace.path / "cache", "3m")
+    workspace.prefix = cache.prefix
+    workspace.extra = {"XDG_CACHE_HOME": str(cache.place)}
+    try:
+        failed = workspace("lock", code=1)
+        assert "no space left" in failed.stderr.lower() or "full" in failed.stderr, failed.stderr
+    finally:
+        workspace.prefix = ()
+        cache.close()
