@@ -6,6 +6,7 @@ for what it uses.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -13,14 +14,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
 if TYPE_CHECKING:
+    from nixbox.report import Reporter
     from nixbox.session import Sandbox
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, in a shape that the parser does not turn into an exit code of its own."""
+
+
+class _PipeClosed(Exception):
+    """Whoever read our output has gone, likewise."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+        except BrokenPipeError:
+            raise _PipeClosed from None
+
 
 app = typer.Typer(
     name="nixbox",
+    cls=_Commands,
     help="One command turns a directory into a microVM whose image Nix built from a lock file.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -53,8 +76,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]
 
 
-def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
+@functools.cache
+def _reporter() -> Reporter:
+    """The one reporter of this process: `main` takes its live display away, whatever happens."""
     from nixbox import report
+
+    return report.for_stderr()
+
+
+def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
     from nixbox.session import Sandbox
 
     chosen = None
@@ -62,7 +92,7 @@ def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
         from nixbox.config.load import Overrides
 
         chosen = Overrides(**{key: value for key, value in overrides.items() if value is not None})
-    return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=report.for_stderr())
+    return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=_reporter())
 
 
 def _print_json(data: object) -> None:
@@ -451,18 +481,17 @@ def main() -> None:
     if debug:
         del sys.argv[1]
     try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_run_app())
     except NixboxError as error:
         if debug:
             raise
         _show(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (_Interrupted, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be said to them.
+    except (_PipeClosed, BrokenPipeError):
+        # Nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except typer.Abort:
@@ -470,6 +499,15 @@ def main() -> None:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         _other(error, debug)
+
+
+def _run_app() -> int:
+    try:
+        code = app(standalone_mode=False)
+    finally:
+        if _reporter.cache_info().currsize:
+            _reporter().done()
+    return code if isinstance(code, int) else 0
 
 
 def _other(error: Exception, debug: bool) -> None:

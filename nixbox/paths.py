@@ -56,9 +56,13 @@ def runtime_dir(workspace: Path, name: str) -> Path:
     """
     ident = hashlib.sha256(f"{workspace}\0{name}".encode()).hexdigest()[:12]
     base = os.environ.get("XDG_RUNTIME_DIR", "")
-    # 70 leaves room for "/nixbox/<12>/<socket name>", also for ssh's temporary suffix on a control socket.
-    if not base.startswith("/") or len(base) > 70 or not os.access(base, os.W_OK):
-        base = str(Path(tempfile.gettempdir()) / f"nixbox-{os.getuid()}")
+    # 66 leaves room for "/nixbox/<12>/ssh" and the 17 bytes that ssh adds to its control socket's name at first.
+    if not base.startswith("/") or len(os.fsencode(base)) > 66 or not os.access(base, os.W_OK):
+        temporary = tempfile.gettempdir()
+        if len(os.fsencode(temporary)) > 50:
+            # A directory of our own is made in it, and checked.
+            temporary = "/tmp"  # noqa: S108
+        base = str(Path(temporary) / f"nixbox-{os.getuid()}")
         private_dir(Path(base))
     return Path(base) / "nixbox" / ident
 

@@ -7,6 +7,7 @@ environment, closed standard input unless asked, and a bound on its time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nixbox.errors import ExitCode, HostError, NixboxError, TimeoutExpired
 
@@ -54,13 +55,20 @@ class CommandError(NixboxError):
     """A program that was started failed; `code` is its exit code, `output` the end of what it printed."""
 
     def __init__(self, argv: Sequence[str], code: int, output: str, hint: str | None = None) -> None:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
         if code == 127:
             how += " (command not found)"
         tail = "\n".join(output.strip().splitlines()[-_TAIL_LINES:])
         super().__init__(f"`{shlex.join(argv)}` {how}" + (f":\n{tail}" if tail else ""), hint)
         self.code = code
         self.output = output
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # the real-time ones have no names
+        return f"signal {number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +162,16 @@ def stream(
     kept_err: deque[str] = deque(maxlen=400)
     failures: list[BaseException] = []
 
-    def follow(kept: deque[str], handler: Callable[[str], None] | None) -> Callable[[str], bool | None]:
-        def on_line(line: str) -> bool | None:
+    def follow(kept: deque[str], handler: Callable[[str], None] | None) -> Callable[[str, Any, Any], bool | None]:
+        def on_line(line: str, _stdin: Any, process: Any) -> bool | None:
             kept.append(line)
             try:
                 if handler is not None:
                     handler(line.rstrip("\n"))
             except BaseException as error:
                 failures.append(error)
+                with contextlib.suppress(ProcessLookupError):
+                    process.signal_group(signal.SIGTERM)
                 return True  # sh: stop calling
             return None
 

@@ -108,7 +108,11 @@ class Sandbox:
     # --- up ---
 
     def up(self, *, locked: bool = False) -> Up:
-        """Bring the machine up, whatever state it is in; a failure or Ctrl-C leaves it down and whole."""
+        """Bring the machine up, whatever state it is in.
+
+        A start that fails or is interrupted before the guest is ready leaves it down; its disk is whole either
+        way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
+        """
         from nixbox.config.load import resolve_env
         from nixbox.machine import accelerator
 
@@ -116,6 +120,7 @@ class Sandbox:
             loaded = self.load()
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
+        self._backend().check_host()
         for notice in plan.notices:
             self.report.note(f"note: {notice}")
         with self.machine.busy(self._waiting):
@@ -332,17 +337,20 @@ class Sandbox:
 
     def down(self) -> str:
         """Stop the machine: by its own init, else by the hypervisor, else by force; says which it took."""
+        if not self.machine.path.exists():
+            self.machine.load()  # raises with the words for a machine that is not there
         with self.machine.busy(self._waiting):
             if not self.machine.alive():
                 self.machine.clean_runtime()
                 return "not running"
             record = self.machine.load() if self.machine.exists() else None
-            if record is not None and record.ready:
-                ssh.close_master(self._endpoint(), self.machine.ssh_control)
-                if self._power_off():
-                    self.machine.clean_runtime()
-                    return "powered off"
-            return self._end()
+            if record is None or not record.ready:
+                return self._end()
+            if not self._power_off():
+                self._sync()
+                return self._end()
+            self.machine.clean_runtime()
+            return "powered off"
 
     def _power_off(self) -> bool:
         """Ask the guest's init to sync and power off; whether it did within the bound."""
@@ -357,9 +365,18 @@ class Sandbox:
             return self.machine.wait_gone(0.5)
         return self.machine.wait_gone(KILL_TIMEOUT_S)
 
+    def _sync(self) -> None:
+        """The guest's init did not answer: what was written there should reach its disk all the same."""
+        try:
+            if self._backend().status(self.machine.sockets) == "running":
+                run.run([*self._endpoint().argv(), "sync"], timeout_s=STOP_TIMEOUT_S, check=False)
+        except NixboxError:
+            return
+
     def _end(self) -> str:
         """End a VM without asking the guest: QMP quit, then SIGKILL."""
         how = "quit"
+        ssh.close_master(self._endpoint(), self.machine.ssh_control)
         try:
             self._backend().quit(self.machine.sockets)
         except NixboxError:

@@ -131,7 +131,7 @@ class Control:
             if not data:
                 raise GuestError(f"the machine ended before the guest said `{waiting_for}`")
             self._buffer += data
-            if len(self._buffer) > _LINE_LIMIT:
+            if b"\n" not in self._buffer and len(self._buffer) > _LINE_LIMIT:
                 # The guest is not trusted: it cannot make us hold more than one line.
                 raise GuestError("the guest sent something that is no message")
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -144,7 +144,11 @@ class Control:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            said, _, rest = self.read_line(deadline - time.monotonic(), word).partition(" ")
+            try:
+                line = self.read_line(deadline - time.monotonic(), word)
+            except TimeoutExpired:
+                raise TimeoutExpired(f"the guest did not say `{word}` within {timeout_s:g} s") from None
+            said, _, rest = line.partition(" ")
             if said == word:
                 return rest
             if said == "fail":

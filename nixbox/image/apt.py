@@ -116,7 +116,8 @@ def host_mirrors(directory: Path = _SOURCES) -> Mirrors | None:
     A repository counts as Debian's own when it has the component `main` and a suite of a Debian release
     (`bookworm`, `stable`, …: third parties use names of their own or another component).
     """
-    debian = security = None
+    security = None
+    found: dict[str, bool] = {}  # candidates in order, and whether they offer updates as Debian's own mirrors do
     for entry in _entries(directory):
         uri = _resolve_mirror_file(entry.uri)
         if "main" not in entry.components or not uri.startswith(("http://", "https://", "file:/")):
@@ -126,7 +127,8 @@ def host_mirrors(directory: Path = _SOURCES) -> Mirrors | None:
             if suite.endswith("-security") and (last == "debian-security" or last.endswith("security")):
                 security = security or uri
             elif last.startswith("debian") and "security" not in last and "/" not in suite:
-                debian = debian or uri
+                found[uri] = found.get(uri, False) or suite.endswith("-updates")
+    debian = next((uri for uri, updates in found.items() if updates), next(iter(found), None))
     return Mirrors(debian, security) if debian else None
 
 

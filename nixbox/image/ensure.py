@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nixbox import paths
+from nixbox import paths, run
 from nixbox.errors import ConfigError
 from nixbox.image import build
 from nixbox.image.build import Image
@@ -45,6 +45,7 @@ def relock(
     """Resolve the package set anew and write the lock; returns what changed, a line each."""
     from nixbox.image import apt, lock
 
+    run.tool("nix-store")  # said now rather than after the mirror was read
     path = lock_path(workspace)
     try:
         old = lock.load(path)

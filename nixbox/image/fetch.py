@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,5 +202,7 @@ def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None) -> in
 
 
 def clean() -> None:
-    """Remove what interrupted downloads left."""
-    shutil.rmtree(paths.cache_dir() / "downloads", ignore_errors=True)
+    """Remove what downloads that were killed have left; those of the last day may still be at work."""
+    for left in (paths.cache_dir() / "downloads").glob("*"):
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)

@@ -218,7 +218,9 @@ def dead(paths: Iterable[Path]) -> list[Path]:
 
 
 def delete(paths: Sequence[Path]) -> int:
-    """Delete dead store paths; returns how many there were. Raises CommandError when Nix refuses."""
-    if paths:
-        _nix(["nix-store", "--delete", *map(str, paths)], timeout_s=600)
-    return len(paths)
+    """Delete dead store paths; returns how many went. One that other garbage refers to stays until that goes."""
+    if not paths:
+        return 0
+    if _nix(["nix-store", "--delete", *map(str, paths)], check=False, timeout_s=600).code == 0:
+        return len(paths)
+    return sum(_nix(["nix-store", "--delete", str(path)], check=False).code == 0 for path in paths)

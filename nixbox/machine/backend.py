@@ -52,6 +52,10 @@ class Backend(Protocol):
     name: str
     features: Features
 
+    def check_host(self) -> None:
+        """Raise HostError when this host cannot run the backend: asked before anything is built."""
+        ...
+
     def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path) -> int:
         """Start a machine; returns its process id. The control socket accepts at once."""
         ...

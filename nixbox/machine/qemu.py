@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import platform
 import re
 import socket
 import sys
 from pathlib import Path
 
 from nixbox import run
-from nixbox.errors import NixboxError
+from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import Features, Sockets, VmSpec
 from nixbox.machine.qmp import Qmp, QmpClosed
@@ -36,6 +36,16 @@ class Qemu:
 
     name = "qemu"
     features = Features(restore=False, hot_plug=False, user_network=True)
+
+    def check_host(self) -> None:
+        """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise HostError(
+                f"this version runs machines on x86_64 hosts only, not on {platform.machine()}",
+                hint="images for aarch64 can be locked and built already",
+            )
+        for program in ("qemu-system-x86_64", "mke2fs", "e2fsck", "resize2fs", "ssh", "ssh-keygen"):
+            run.tool(program)
 
     def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path) -> int:
         """Start QEMU with the listening sockets and the machine's lock as inherited descriptors."""
@@ -78,11 +88,3 @@ def version() -> str:
     text = run.run(["qemu-system-x86_64", "--version"], timeout_s=20).stdout
     found = re.search(r"version (\S+)", text)
     return found[1] if found else "unknown"
-
-
-def reap(pid: int) -> None:
-    """Take the exit status of a machine that this very process started, if it has ended."""
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return

@@ -97,12 +97,15 @@ class MachineDir:
         except ValueError:
             data = None
         known = {field.name for field in fields(Record)}
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not set(data) <= known:
-            raise NixboxError(
-                f"{self.record_file} is damaged or was written by another nixbox",
-                hint=f"its disk is untouched; `nixbox rm {self.name}` removes the machine, or restore the file",
-            )
-        return Record(**data)
+        try:
+            if isinstance(data, dict) and data.get("format") == FORMAT and set(data) <= known:
+                return Record(**data)
+        except TypeError:  # a field is missing
+            pass
+        raise NixboxError(
+            f"{self.record_file} is damaged or was written by another nixbox",
+            hint=f"its disk is untouched; `nixbox rm {self.name}` removes the machine, or restore the file",
+        )
 
     def save(self, record: Record) -> None:
         """Write the record whole or not at all."""
@@ -144,18 +147,30 @@ class MachineDir:
     @contextmanager
     def busy(self, on_wait: Callable[[], None], wait_s: float = 600) -> Iterator[None]:
         """One command at a time may change a machine; `on_wait` is called once when another one is at it."""
-        paths.private_dir(self.path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self.path / "busy", flags, 0o600)
-        try:
+        told = False
+        while True:
+            paths.private_dir(self.path)
+            fd = os.open(self.path / "busy", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                _flock(fd, wait_s)
-            yield
-        finally:
-            os.close(fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not told:
+                        on_wait()
+                    told = True
+                    _flock(fd, wait_s)
+                if self._is_busy_file(fd):
+                    yield
+                    return
+                # `rm` removed the file that we waited for: begin again with the one that counts.
+            finally:
+                os.close(fd)
+
+    def _is_busy_file(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), (self.path / "busy").stat())
+        except FileNotFoundError:
+            return False
 
     def remove(self) -> None:
         """Remove every file of the machine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -331,20 +332,30 @@ def only(tools: tuple[str, ...], directory: Path, monkeypatch: pytest.MonkeyPatc
     return directory
 
 
+def stubs(directory: Path, *programs: str) -> None:
+    """Programs that are there and do nothing."""
+    for name in programs:
+        (directory / name).write_text("#!/bin/sh\n")
+        (directory / name).chmod(0o755)
+
+
 def test_a_host_without_nix(call: Call, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lock(workspace)
-    only((), tmp_path / "bin", monkeypatch)
+    directory = only((), tmp_path / "bin", monkeypatch)
+    stubs(
+        directory, "qemu-system-x86_64", "mke2fs", "e2fsck", "resize2fs", "ssh", "ssh-keygen", "apt-get", "apt-helper"
+    )
     for command in ("up", "build"):
         said = call(command)
         assert (said.code, said.out) == (3, "")
-        assert "the program `nix-store` is not on this host" in said.err
+        assert re.search(r"the program `nix(-store)?` is not on this host", said.err)
         assert "apt install nix-bin" in said.err
 
 
 def test_a_host_without_apt_cannot_make_a_lock(
     call: Call, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only((), tmp_path / "bin", monkeypatch)
+    stubs(only((), tmp_path / "bin", monkeypatch), "nix", "nix-store", "nix-instantiate")
     said = call("lock")
     assert said.code == 3
     assert "`apt-get` is not on this host" in said.err
@@ -354,8 +365,7 @@ def test_a_host_without_qemu(call: Call, workspace: Path, tmp_path: Path, monkey
     text = write_lock(workspace)
     monkeypatch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin:/sbin")
     bin_dir = only(("mke2fs", "ssh-keygen"), tmp_path / "bin", monkeypatch)
-    (bin_dir / "nix-store").write_text("#!/bin/sh\n")  # the image that is there needs a root, which is not looked at
-    (bin_dir / "nix-store").chmod(0o755)
+    stubs(bin_dir, "nix", "nix-store", "e2fsck", "resize2fs", "ssh")
     image = tmp_path / "image"
     image.mkdir()
     for file, text_ in (
@@ -404,7 +414,6 @@ def test_ctrl_c_is_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("init").code == 130
 
 
-@pytest.mark.xfail(strict=True, reason="typer turns KeyboardInterrupt into an exit code before main() sees it")
 def test_ctrl_c_says_so(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt

@@ -213,7 +213,6 @@ def test_a_long_line_that_fits_is_read(ends: Ends) -> None:
     assert control.expect("ready", HANG_S) == "x" * 4000
 
 
-@pytest.mark.xfail(strict=True, reason="read_line counts whole lines that wait against the bound of one line")
 def test_many_short_lines_are_no_long_one(ends: Ends) -> None:
     control, guest = ends
     guest.sendall(b"her")

@@ -124,7 +124,6 @@ def test_a_damaged_record_is_named(machine: MachineDir, data: bytes) -> None:
     assert "its disk is untouched" in (caught.value.hint or "")
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="load() does not look for fields that are missing")
 def test_a_record_that_lacks_fields_is_named(machine: MachineDir) -> None:
     machine.record_file.write_text('{"format": 1, "name": "web-1"}')
     with pytest.raises(NixboxError, match=r"machine\.json is damaged"):
@@ -422,12 +421,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "length",
     [
-        *(20, 40, 66),
-        *(
-            pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="70 is too much for ssh's temporary name"))
-            for n in (67, 70)
-        ),
-        *(71, 90, 150),
+        *(20, 40, 66, 67, 70, 71, 90, 150),
     ],
 )
 def test_socket_paths_fit(length: int, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +432,6 @@ def test_socket_paths_fit(length: int, short: Path, monkeypatch: pytest.MonkeyPa
         assert directory.is_relative_to(os.environ["XDG_RUNTIME_DIR"])
 
 
-@pytest.mark.xfail(strict=True, reason="the limit counts characters; the kernel counts bytes")
 def test_socket_paths_fit_in_bytes(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base_of(60, short, "é")))
     assert longest(paths.runtime_dir(Path("/a/workspace"), "web-1")) <= 107

@@ -214,7 +214,6 @@ def test_a_missing_program_to_stream_is_a_host_error() -> None:
 FAMILY = "sleep 600 & echo $$ $!; wait"
 
 
-@pytest.mark.xfail(strict=True, reason="run.stream waits for the child to end by itself when a handler raises")
 def test_a_handler_that_fails_ends_the_child(tmp_path: Path) -> None:
     marker = tmp_path / "went-on"
 

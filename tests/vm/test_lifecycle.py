@@ -40,6 +40,10 @@ def test_from_an_empty_directory_to_a_guest_that_keeps_its_files(home: Home, wor
     assert (workspace.machine() / "ssh" / "host_key.pub").read_text() == keys
 
     assert [m["name"] for m in json.loads(workspace("list", "--json").stdout)] == ["box"]
+    workspace.guest("head -c 120M /dev/urandom > ~/big; sync")
+    asked = workspace("rm", code=2)
+    assert "the disk of `box` holds" in asked.stderr and "--yes" in asked.stderr
+    assert workspace.guest("stat -c %s ~/big") == "125829120\n"
     workspace("rm", "--yes")
     assert not workspace.machine().exists()
     assert workspace.vm_pids() == []
