@@ -114,7 +114,7 @@ def init(
     name: Annotated[str | None, typer.Option(help="The name of the machine; default: the directory's.")] = None,
     base: Annotated[str, typer.Option(help="debian or nixpkgs.")] = "debian",
 ) -> None:
-    """Make this directory a workspace: write a commented .nixbox/config.toml."""
+    """Make this directory a workspace (.nixbox/config.toml)."""
     from nixbox.config import scaffold
 
     path = scaffold.init(Path.cwd(), name=name, base=base)
@@ -125,11 +125,14 @@ def init(
 def up(
     name: Name = None,
     profile: Profile = None,
-    cpus: Annotated[int | None, typer.Option("--cpus", help="vCPUs instead of the config's.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Memory, e.g. 4GiB.")] = None,
-    env: Annotated[list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE for the guest.")] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="vCPUs instead of the config's.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory, e.g. 4GiB.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable for the guest.")
+    ] = None,
     env_from_host: Annotated[
-        list[str] | None, typer.Option("--env-from-host", help="Hand this host variable to the guest.")
+        list[str] | None,
+        typer.Option("--env-from-host", metavar="NAME", help="Hand this host variable to the guest."),
     ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
@@ -293,7 +296,7 @@ def logs(
     console: Annotated[bool, typer.Option("--console", help="The guest's serial console (the default).")] = False,
     setup: Annotated[bool, typer.Option("--setup", help="The output of the profile's setup.")] = False,
 ) -> None:
-    """Show the guest's console, or the output of its setup."""
+    """Show the guest's console, or its setup's output."""
     from nixbox import view
 
     if console and setup:
@@ -329,7 +332,7 @@ def rm(
 
 @app.command()
 def lock() -> None:
-    """Resolve the package set anew and write .nixbox/nixbox.lock; prints what changed."""
+    """Resolve the packages anew, write the lock, print changes."""
     box = _sandbox()
     changed = box.lock()
     box.report.done()
@@ -377,7 +380,7 @@ def config(
 
 @app.command("ssh-config")
 def ssh_config(name: Name = None) -> None:
-    """Print the SSH configuration of the machine, for ssh -F, scp, rsync and editors."""
+    """Print the machine's SSH configuration (for ssh -F, scp, …)."""
     print(_sandbox(name).require_running().config.read_text(), end="")
 
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Sandbox:
         self.overrides = overrides
         self.report = reporter or Reporter()
         self.environ = os.environ if environ is None else environ
-        self.machine = MachineDir(workspace, name or names.workspace_name(workspace))
+        self.machine = MachineDir(workspace, name or default_machine(workspace))
         self._phases: dict[str, float] = {}
 
     @classmethod
@@ -457,3 +458,20 @@ class Sandbox:
 def sandboxes(workspace: Path) -> list[Sandbox]:
     """Every machine of a workspace."""
     return [Sandbox(workspace, machine.name) for machine in all_machines(workspace)]
+
+
+def default_machine(workspace: Path) -> str:
+    """The name of a workspace's default machine, without reading more of the config than that.
+
+    A config that cannot be read or names something impossible is loaded in full, which raises ConfigError.
+    """
+    file = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
+    try:
+        name = tomllib.loads(file.read_text(encoding="utf-8")).get("name", names.default_name(workspace))
+    except (OSError, ValueError):
+        name = None
+    if isinstance(name, str) and names.is_name(name):
+        return name
+    from nixbox.config.load import load
+
+    return load(workspace).settings.name

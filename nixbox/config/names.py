@@ -5,10 +5,8 @@ and few need all of pydantic.
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
-from nixbox import paths
 from nixbox.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
@@ -52,20 +50,3 @@ def default_name(workspace: Path) -> str:
     """The directory's name made into a valid machine name; "nixbox" when nothing is left of it."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", workspace.name)
     return words.strip("-")[:63].strip("-") or "nixbox"
-
-
-def workspace_name(workspace: Path) -> str:
-    """The name of a workspace's default machine, without reading more of the config than that.
-
-    A config that cannot be read or names something impossible is loaded in full, which raises ConfigError.
-    """
-    file = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
-    try:
-        name = tomllib.loads(file.read_text(encoding="utf-8")).get("name", default_name(workspace))
-    except (OSError, ValueError):
-        name = None
-    if isinstance(name, str) and is_name(name):
-        return name
-    from nixbox.config.load import load
-
-    return load(workspace).settings.name

@@ -15,15 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
-
-if TYPE_CHECKING:
-    from nixbox.image.lock import LockedPackage
-
-Repo = Literal["debian", "security"]
+from nixbox.image.lock import LockedPackage, Repo
 
 KEYRINGS = (
     Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
@@ -272,8 +267,6 @@ class AptRoot:
         return self._packages(self._query(["apt-get", "download", "-qq", "--print-uris", *names]))
 
     def _packages(self, uris: str) -> list[LockedPackage]:
-        from nixbox.image.lock import LockedPackage
-
         found = []
         for line in uris.splitlines():
             match = re.fullmatch(r"'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})", line.strip())

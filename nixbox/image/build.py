@@ -122,14 +122,28 @@ class _Log:
         failed = re.findall(r"builder for '([^']+)' failed", said)
         lines = list(self.lines.get(failed[0], ())) if failed else []
         every = said + "\n".join(line for kept in self.lines.values() for line in kept)
+        lines, reason = _relevant(lines)
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_TAIL:])
-        ours = [line.removeprefix("nixbox: ") for line in lines if line.startswith("nixbox: ")]
         what = f"building {_title(failed[0])} failed" if failed else f"nix build exited with {code}"
-        reasons = [line for line in ours if "image step failed" not in line and not line.startswith("build of")]
-        if reasons:
-            what += f": {reasons[-1]}"
+        if reason:
+            what += f": {reason}"
         body = f"{what}\n{tail}" if tail else f"{what}:\n{said}"
         return BuildError(body, hint=_hint(every, failed))
+
+
+def _relevant(lines: list[str]) -> tuple[list[str], str | None]:
+    """The part of a log that is about the failure, and the reason where a step of ours named one.
+
+    The steps (nix/bases/debian/root.nix) say `nixbox: build of TITLE` before a script's output, and after it
+    `nixbox: the build of TITLE failed …`; what comes later is only cleaning up.
+    """
+    marks = [i for i, line in enumerate(lines) if line.startswith("nixbox: ")]
+    reasons = [i for i in marks if "failed with exit code" in lines[i] or "forbids" in lines[i]]
+    if not reasons:
+        return [line for i, line in enumerate(lines) if i not in marks], None
+    end = reasons[-1]
+    begin = max((i for i in marks if i < end and lines[i].startswith("nixbox: build of ")), default=-1)
+    return lines[begin + 1 : end], lines[end].removeprefix("nixbox: ")
 
 
 def _title(drv: str) -> str:

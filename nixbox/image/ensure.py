@@ -43,7 +43,7 @@ def relock(
     workspace: Path, spec: ImageSpec, mirror: str | None, security: str | None, reporter: Reporter
 ) -> list[str]:
     """Resolve the package set anew and write the lock; returns what changed, a line each."""
-    from nixbox.image import apt, lock
+    from nixbox.image import apt, lock, resolve
 
     run.tool("nix-store")  # said now rather than after the mirror was read
     path = lock_path(workspace)
@@ -52,7 +52,7 @@ def relock(
     except ConfigError:  # none, or one that this is the mend for
         old = None
     mirrors = apt.mirrors(mirror, security)
-    new = lock.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    new = resolve.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
     lock.save(new, path)
     return lock.changes(old, new).lines()
 

@@ -7,8 +7,6 @@ with the same bits serves.
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,40 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nixbox import paths
 from nixbox.errors import ConfigError
-from nixbox.image import apt, fetch
 
 FORMAT: Literal[1] = 1
 Arch = Literal["amd64", "arm64"]
-# What every Debian image holds beside the essential and required packages.
-BASE_REQUEST = (
-    "?essential",
-    "?priority(required)",
-    "apt",
-    "ca-certificates",
-    "curl",
-    "iproute2",
-    "less",
-    "netbase",
-    "openssh-server",
-    "procps",
-    "sudo",
-)
-# What the image build itself runs (nix/bases/debian/tools.nix).
-TOOLS_REQUEST = (
-    "?essential",
-    "apt",
-    "apt-utils",
-    "cpio",
-    "fakeroot",
-    "kmod",
-    "mawk",
-    "mmdebstrap",
-    "mount",
-    "squashfs-tools",
-    "xz-utils",
-    "zstd",
-)
-_ARCHES: dict[str, Arch] = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+Repo = Literal["debian", "security"]
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -64,7 +32,7 @@ class LockedPackage(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$")
     version: str = Field(pattern=r"^[A-Za-z0-9.+~:-]+$")
     arch: str = Field(pattern=r"^[a-z0-9-]+$")
-    repo: apt.Repo
+    repo: Repo
     # No part begins with a dot: the path stays inside the repository.
     path: str = Field(pattern=r"^pool(/[A-Za-z0-9+~:%_-][A-Za-z0-9.+~:%_-]*)+\.deb$")
     size: int = Field(gt=0)
@@ -97,12 +65,6 @@ class Lock(_Strict):
         """Every .deb of the lock, each once, sorted by file."""
         every = (self.bootstrap.package, self.kernel, *self.tools, *self.base_packages, *self.packages)
         return [found for _, found in sorted({p.path: p for p in every}.items())]
-
-    def matches(self, suite: str, requested: Sequence[str]) -> bool:
-        """Whether this lock is the resolution of such a request (order does not matter)."""
-        return (self.suite, sorted(self.requested)) == (suite, sorted(requested)) and (
-            self.base_requested == BASE_REQUEST
-        )
 
 
 def load(path: Path) -> Lock:
@@ -177,54 +139,4 @@ def changes(old: Lock | None, new: Lock) -> Changes:
         added={n: v for n, v in after.items() if n not in before},
         removed={n: v for n, v in before.items() if n not in after},
         changed={n: (before[n], v) for n, v in after.items() if n in before and before[n] != v},
-    )
-
-
-def default_arch() -> Arch:
-    """Debian's name for this host's architecture. Raises ConfigError for one that has no image."""
-    machine = platform.machine()
-    if machine not in _ARCHES:
-        raise ConfigError(f"nixbox has no image for {machine} hosts", hint="x86_64 and aarch64 are supported")
-    return _ARCHES[machine]
-
-
-def resolve(
-    requested: Sequence[str],
-    *,
-    suite: str,
-    mirrors: apt.Mirrors,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Lock:
-    """Resolve a package set with apt's own resolver against the mirror's signed metadata.
-
-    Raises UnknownPackagesError, ConfigError or NixboxError; nothing is written but the cache.
-    """
-    arch = default_arch()
-    with apt.open_root(suite, arch, mirrors) as root:
-        progress(f"reading Debian {suite}'s package lists")
-        root.update()
-        root.check_known(requested)
-        progress("resolving packages")
-        tools = root.resolve(TOOLS_REQUEST)
-        base = root.resolve(BASE_REQUEST)
-        extra: list[LockedPackage] = []
-        if requested:
-            status = root.directory / "base.status"
-            root.write_status(base, status)
-            extra = root.resolve(requested, installed=status)
-        kernel = root.exact([root.first_dependency(f"linux-image-cloud-{arch}")])[0]
-        busybox = root.exact(["busybox-static"])[0]
-    progress("fetching the bootstrap busybox")
-    return Lock(
-        format=FORMAT,
-        base="debian",
-        suite=suite,
-        arch=arch,
-        requested=tuple(requested),
-        base_requested=BASE_REQUEST,
-        bootstrap=Bootstrap(package=busybox, nar_hash=fetch.busybox_nar_hash(busybox, mirrors)),
-        kernel=kernel,
-        tools=tuple(tools),
-        base_packages=tuple(base),
-        packages=tuple(extra),
     )

@@ -17,6 +17,7 @@ import pytest
 
 from nixbox.errors import NixboxError
 from nixbox.image import build, lock, store
+from nixbox.image.resolve import BASE_REQUEST
 from nixbox.plan.model import ImageSpec, Script
 from nixbox.run import CommandError, run
 
@@ -160,7 +161,8 @@ def test_the_hello_image_is_the_example_s_and_names_no_host() -> None:
     config = tomllib.loads((REPO / "examples/hello/.nixbox/config.toml").read_text())
     committed = lock.load(HELLO_LOCK)
     mend = f"renew it: `nixbox lock` in a copy of examples/hello, then copy its .nixbox/nixbox.lock to {HELLO_LOCK}"
-    assert committed.matches("trixie", config["packages"]), mend
+    held = (committed.suite, sorted(committed.requested), committed.base_requested)
+    assert held == ("trixie", sorted(config["packages"]), BASE_REQUEST), mend
     assert not re.search(r"://|\b[a-z0-9-]+\.(org|com|net|io|dev)\b", HELLO_LOCK.read_text())
 
 

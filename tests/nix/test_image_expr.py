@@ -17,6 +17,7 @@ from nixbox import paths
 from nixbox.config.load import load
 from nixbox.image import build, lock
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
+from nixbox.image.resolve import BASE_REQUEST
 from nixbox.plan.model import ImageSpec, Script
 from nixbox.plan.resolve import resolve
 from nixbox.run import run
@@ -47,7 +48,7 @@ def a_lock(**changes: Any) -> Lock:
         "suite": "trixie",
         "arch": "amd64",
         "requested": (),
-        "base_requested": lock.BASE_REQUEST,
+        "base_requested": BASE_REQUEST,
         "bootstrap": Bootstrap(
             package=package("busybox-static"),
             nar_hash="sha256-" + base64.b64encode(hashlib.sha256(b"busybox").digest()).decode(),

@@ -16,7 +16,7 @@ import pytest
 
 import nixbox
 from nixbox import cli, paths
-from nixbox.image import build, ensure, lock, store
+from nixbox.image import build, ensure, lock, resolve, store
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
 from nixbox.plan.model import ImageSpec
 
@@ -308,7 +308,7 @@ def write_lock(workspace: Path) -> str:
         suite="trixie",
         arch="amd64",
         requested=(),
-        base_requested=lock.BASE_REQUEST,
+        base_requested=resolve.BASE_REQUEST,
         bootstrap=Bootstrap(package=package("busybox-static"), nar_hash="sha256-" + "A" * 43 + "="),
         kernel=package("linux"),
         tools=(),

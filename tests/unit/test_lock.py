@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixbox.errors import ConfigError, ExitCode, NixboxError
-from nixbox.image import ensure, lock
+from nixbox.image import ensure, lock, resolve
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
 from nixbox.plan.model import ImageSpec
 
@@ -37,7 +37,7 @@ def a_lock(**changes: Any) -> Lock:
         "suite": "trixie",
         "arch": "amd64",
         "requested": ("jq",),
-        "base_requested": lock.BASE_REQUEST,
+        "base_requested": resolve.BASE_REQUEST,
         "bootstrap": Bootstrap(package=package("busybox-static"), nar_hash="sha256-" + "A" * 43 + "="),
         "kernel": package("linux-image-6.12"),
         "tools": (package("mmdebstrap"), package("bash")),
@@ -215,21 +215,6 @@ def test_nothing_changed() -> None:
 def test_a_first_lock_adds_everything() -> None:
     found = lock.changes(None, a_lock())
     assert (set(found.added), found.removed, found.changed) == ({"bash", "apt", "jq", "linux-image-6.12"}, {}, {})
-
-
-@pytest.mark.parametrize(
-    ("suite", "requested", "changed", "fits"),
-    [
-        ("trixie", ["jq"], {}, True),
-        ("trixie", ["b", "a"], {"requested": ("a", "b")}, True),
-        ("sid", ["jq"], {}, False),
-        ("trixie", [], {}, False),
-        ("trixie", ["jq", "tree"], {}, False),
-        ("trixie", ["jq"], {"base_requested": ("apt",)}, False),
-    ],
-)
-def test_matches(suite: str, requested: list[str], changed: dict[str, Any], fits: bool) -> None:
-    assert a_lock(**changed).matches(suite, requested) is fits
 
 
 # --- stale -----------------------------------------------------------------------------------------------

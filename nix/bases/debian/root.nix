@@ -37,6 +37,8 @@ let
       rm -f "$1"/var/log/dpkg.log "$1"/var/log/apt/* "$1"/var/log/alternatives.log "$1"/var/log/bootstrap.log
       rm -f "$1"/var/cache/ldconfig/aux-cache; rm -rf "$1"/var/cache/debconf/tmp.ci
       : > "$1"/etc/machine-id'
+    # A failed step takes its mounts away, so that the end of the log is about the failure.
+    export unmount='umount -l "$1/dev" "$1/tmp/repo" "$1/tmp/build" 2>/dev/null'
     unpack='unsquashfs -q -n -f -d "$1" $base; mount --rbind /dev "$1/dev"'
   '';
   on = attrs: script: inTools attrs (prelude + script);
@@ -74,7 +76,7 @@ rec {
       --customize-hook='chroot "$1" env DEBIAN_FRONTEND=noninteractive sh -euc "
         apt-get -q -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Use-Pty=0 \
           -y --no-install-recommends --allow-downgrades install /tmp/repo/*.deb
-        [ -z \"$auto\" ] || apt-mark auto $auto"' \
+        [ -z \"$auto\" ] || apt-mark auto $auto" || { eval "$unmount"; exit 1; }' \
       --customize-hook='umount "$1/tmp/repo"; rmdir "$1/tmp/repo"' --customize-hook="$clean" \
       "" - | pack
   '';
@@ -111,7 +113,7 @@ rec {
             HOME=/root LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH \
             LD_PRELOAD="$LD_PRELOAD" LD_LIBRARY_PATH="''${LD_LIBRARY_PATH:-}" FAKEROOTKEY="$FAKEROOTKEY" \
             FAKEROOTDONTTRYCHOWN=1 sh -eu /tmp/build/$n \
-            || { echo "nixbox: the build of $title failed with exit code $?" >&2; exit 1; }
+            || { echo "nixbox: the build of $title failed with exit code $?" >&2; eval "$unmount"; exit 1; }
           n=$((n + 1))
         done' \
       --customize-hook='umount "$1/tmp/build"; rmdir "$1/tmp/build"' --customize-hook="$clean" \

@@ -83,7 +83,15 @@ rec {
       printf "root:x:0:\n" > $T/etc/group
       [ -z "''${buildNetwork:-}" ] || cat /etc/resolv.conf > $T/etc/resolv.conf
       mount -t proc proc $T/proc
-      mount --rbind /dev $T/dev
+      # Each device bound by itself into a directory of our own: what cleans up after a failed build with rm -r
+      # finds nothing there that it could remove, whoever runs the build.
+      mount -t tmpfs -o mode=755 tmpfs $T/dev
+      for d in null zero full random urandom tty; do
+        : > $T/dev/$d
+        mount --bind /dev/$d $T/dev/$d
+      done
+      mkdir $T/dev/shm
+      for d in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s /proc/self/''${d#*:} $T/dev/''${d%%:*}; done
       mount --rbind /nix $T/nix
       # On the disk, not in memory: an image may be larger than what this machine has.
       mkdir $NIX_BUILD_TOP/.tmp
