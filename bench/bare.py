@@ -71,6 +71,8 @@ class BareGuest:
         return Go(
             hostname="bare",
             user="dev",
+            image="bare",
+            grow=False,
             machine_id=os.urandom(16).hex(),
             time_s=int(time.time()),
             address=qemu_args.GUEST_ADDRESS,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,8 +25,20 @@ if TYPE_CHECKING:
     from nixbox.session import Sandbox
 
 
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that everything begun is ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class _Interrupted(Exception):
-    """Ctrl-C, in a shape that the parser does not turn into an exit code of its own."""
+    """Ctrl-C and the like, in a shape that the parser does not turn into an exit code of its own."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
 
 
 class _PipeClosed(Exception):
@@ -35,8 +49,10 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _Stopped as stopped:
+            raise _Interrupted(128 + stopped.number) from None
         except KeyboardInterrupt:
-            raise _Interrupted from None
+            raise _Interrupted(ExitCode.INTERRUPTED) from None
         except BrokenPipeError:
             raise _PipeClosed from None
 
@@ -100,11 +116,14 @@ def _print_json(data: object) -> None:
 
 
 def _pairs(values: list[str] | None, option: str) -> tuple[tuple[str, str], ...]:
+    from nixbox.config import names
+
     pairs = []
     for value in values or []:
         name, equals, text = value.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{option} takes NAME=VALUE, not `{name}`", hint="for a host variable: --env-from-host")
+        # As the config has it: what else a shell would take for a name is not one.
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError(f"{option} takes NAME=VALUE, not {names.shown(name)}", hint="e.g. -e LOG_LEVEL=debug")
         pairs.append((name, text))
     return tuple(pairs)
 
@@ -275,7 +294,7 @@ def list_machines(as_json: Json = False) -> None:
     from nixbox import paths, view
     from nixbox.machine.record import all_machines
 
-    found = [view.machine_view(machine) for machine in all_machines(paths.find_workspace(Path.cwd()))]
+    found = view.machine_views(all_machines(paths.find_workspace(Path.cwd())))
     if as_json:
         _print_json([machine.as_dict() for machine in found])
         return
@@ -478,11 +497,30 @@ def _show(error: NixboxError) -> None:
         print(f"hint: {error.hint}", file=sys.stderr)
 
 
+def _stand_firm() -> None:
+    """Make sure of three standard streams, and of an orderly end on SIGTERM and on a closed terminal."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    # A file opened in the place of a closed stream would be overwritten in children: the machine's lock, for one.
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    for sig in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sig) is signal.SIG_DFL:  # nohup(1) ignores SIGHUP, and so do we then
+            signal.signal(sig, stop)
+
+
 def main() -> None:
     """The program: runs a command and turns every failure into words and an exit code."""
     debug = "--debug" in sys.argv[1:2]
     if debug:
         del sys.argv[1]
+    _stand_firm()
     try:
         sys.exit(_run_app())
     except NixboxError as error:
@@ -490,16 +528,22 @@ def main() -> None:
             raise
         _show(error)
         sys.exit(error.exit_code)
-    except (_Interrupted, KeyboardInterrupt):
+    except (_Interrupted, KeyboardInterrupt) as error:
         print("interrupted", file=sys.stderr)
-        sys.exit(ExitCode.INTERRUPTED)
+        sys.exit(getattr(error, "code", ExitCode.INTERRUPTED))
     except (_PipeClosed, BrokenPipeError):
         # Nothing more can be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except typer.Abort:
         print("nothing was done", file=sys.stderr)
-        sys.exit(ExitCode.INTERRUPTED)
+        sys.exit(ExitCode.FAILURE)
+    except OSError as error:
+        if debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        sys.exit(ExitCode.FAILURE)
     except Exception as error:
         _other(error, debug)
 

@@ -24,12 +24,28 @@ def find_workspace(start: Path) -> Path:
     """
     start = start.resolve()
     for directory in (start, *start.parents):
-        if (directory / CONFIG_DIR / CONFIG_FILE).is_file():
+        config = directory / CONFIG_DIR / CONFIG_FILE
+        if config.is_file():
+            _check_owner(config)
             return directory
     raise ConfigError(
         f"no {CONFIG_DIR}/{CONFIG_FILE} in {start} or any directory above it",
         hint="`nixbox init` makes this directory a workspace",
     )
+
+
+def _check_owner(config: Path) -> None:
+    """Refuse a config that somebody else planted above us: it could take host variables into its guest.
+
+    Raises ConfigError; NIXBOX_TRUST_CONFIG names a config (its path) that is to be trusted all the same.
+    """
+    owner = config.stat().st_uid
+    trusted = {0, os.getuid(), int(os.environ.get("SUDO_UID") or 0)}
+    if owner not in trusted and os.environ.get("NIXBOX_TRUST_CONFIG") != str(config):
+        raise ConfigError(
+            f"{config} belongs to another user (uid {owner}), who could read your variables through it",
+            hint=f"if you trust it: export NIXBOX_TRUST_CONFIG={config}",
+        )
 
 
 def _xdg(variable: str, fallback: str) -> Path:
@@ -72,7 +88,8 @@ def private_dir(path: Path) -> Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        raise HostError(f"{path} is not a directory of yours", hint=f"remove it: rm -r {path}")
+        hint = f"sudo chown -R {os.getuid()} {path}" if stat.S_ISDIR(info.st_mode) else f"look what {path} is"
+        raise HostError(f"{path} is not a directory of yours", hint=hint)
     if info.st_mode & 0o077:
         path.chmod(0o700)
     return path
@@ -107,6 +124,15 @@ def require_space(directory: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def _sync_directory(directory: Path) -> None:
+    """A rename is on the disk when its directory is."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all: a temporary file beside it, fsync, rename.
 
@@ -120,6 +146,7 @@ def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         Path(temporary).replace(path)
+        _sync_directory(path.parent)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:

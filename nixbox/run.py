@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,18 +38,18 @@ _PACKAGES = {
     "apt-cache": "apt",
     "apt-get": "apt",
     "apt-helper": "apt",
-    "e2fsck": "e2fsprogs",
     "mke2fs": "e2fsprogs",
     "nix": "nix-bin",
     "nix-instantiate": "nix-bin",
     "nix-store": "nix-bin",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
-    "resize2fs": "e2fsprogs",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
 _TAIL_LINES = 30
+_ARGV_SHOWN = 1000
+_SSH_FAILED = 255  # what ssh exits with when it ends for a reason of its own (ssh(1))
 
 
 class CommandError(NixboxError):
@@ -59,7 +60,10 @@ class CommandError(NixboxError):
         if code == 127:
             how += " (command not found)"
         tail = "\n".join(output.strip().splitlines()[-_TAIL_LINES:])
-        super().__init__(f"`{shlex.join(argv)}` {how}" + (f":\n{tail}" if tail else ""), hint)
+        shown = shlex.join(argv)
+        if len(shown) > _ARGV_SHOWN:
+            shown = f"{shown[:_ARGV_SHOWN]}… ({len(argv)} words)"
+        super().__init__(f"`{shown}` {how}" + (f":\n{tail}" if tail else ""), hint)
         self.code = code
         self.output = output
 
@@ -258,9 +262,18 @@ def attached(
     with timeout(1).
     """
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {sig: signal.signal(sig, lambda number, _: forward(signal.Signals(number))) for sig in caught}
+    interrupted = False
+
+    def on_signal(number: int, _: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        forward(signal.Signals(number))
+
+    previous = {sig: signal.signal(sig, on_signal) for sig in caught}
+    # In a process group of its own, so that a terminal's Ctrl-C reaches us alone, unless it reads that terminal.
+    group = None if sys.stdin is not None and sys.stdin.isatty() else 0
     try:
-        with subprocess.Popen([tool(argv[0]), *argv[1:]], env=child_env(env)) as process:
+        with subprocess.Popen([tool(argv[0]), *argv[1:]], env=child_env(env), process_group=group) as process:
             try:
                 code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
@@ -276,6 +289,8 @@ def attached(
     finally:
         for sig, handler in previous.items():
             signal.signal(sig, handler)
+    if interrupted and code == _SSH_FAILED:
+        return int(ExitCode.INTERRUPTED)
     return 128 - code if code < 0 else code
 
 

@@ -122,11 +122,12 @@ class Sandbox:
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
         self._backend().check_host()
+        ssh.check_path(self.machine.ssh)
         for notice in plan.notices:
             self.report.note(f"note: {notice}")
         with self.machine.busy(self._waiting):
             if self.machine.alive():
-                running = self._running(plan)
+                running = self._running(plan, env)
                 if running is not None:
                     return running
             with self._phase("image"):
@@ -149,25 +150,45 @@ class Sandbox:
     def _waiting(self) -> None:
         self.report.note(f"another nixbox command is at work on `{self.machine.name}`; waiting for it")
 
-    def _running(self, plan: Plan) -> Up | None:
+    def _running(self, plan: Plan, env: Mapping[str, str]) -> Up | None:
         """What to do about a live VM: go on with it, heal it, or (None) start over."""
-        record = self.machine.load() if self.machine.exists() else None
+        record = self.machine.load_or_none()
         if record is None or not record.ready or record.ssh_port is None:
             self.report.note(f"`{self.machine.name}` was left half started; starting it again")
             self._end()
             return None
         qemu = self._backend()
-        state = qemu.status(self.machine.sockets)
-        if state == "io-error":
+        if qemu.status(self.machine.sockets) == "io-error":
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
-        spec = plan.machine
-        if (record.vcpus, record.memory_mib) != (spec.vcpus, spec.memory_mib):
-            self.report.note("note: other resources take effect after `nixbox down` and `nixbox up`")
-        setup = self._setup(plan, record.setup)
-        # A setup that ran only now had failed before, and the start never came to its scripts.
-        failed = self._scripts(plan) if setup == "ran" else ()
+        self._tell_what_waits(plan, record)
+        with control.Control.connect(self.machine.sockets.control) as channel:
+            channel.push_env(env, STOP_TIMEOUT_S)
+        # The guest's own marker, not the record: a start may have been cut off between the two.
+        setup = self._setup(plan, self._setup_done() if plan.machine.setup is not None else None)
+        failed = self._scripts(plan)
         return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
+
+    def _tell_what_waits(self, plan: Plan, record: Record) -> None:
+        """A running machine keeps its image and shape; say so where the config has changed them."""
+        from nixbox.image import build, ensure
+
+        spec = plan.machine
+        changed = []
+        if (record.vcpus, record.memory_mib) != (spec.vcpus, spec.memory_mib):
+            changed.append("resources")
+        lock = ensure.lock_path(self.workspace)
+        stale = ensure.stale(self.workspace, plan.image)
+        image = None if stale else build.built(build.key(plan.image, lock.read_text()))
+        if image is None or str(image.path) != record.image:
+            changed.append("image")
+        if changed:
+            self.report.note(f"note: changed: {', '.join(changed)}; `nixbox down` and `nixbox up` put it into effect")
+
+    def _setup_done(self) -> str | None:
+        """The hash of the setup that ran in the running guest."""
+        said = run.run([*self._endpoint().argv("-T"), "cat /var/lib/nixbox/setup-done"], timeout_s=60, check=False)
+        return said.stdout.strip() or None
 
     def _prepare(self, plan: Plan, image: Image, choice: Choice) -> Record:
         """Directories, record, keys and overlay disk; the record is written when all else is there."""
@@ -184,15 +205,19 @@ class Sandbox:
             overlay.create(machine.overlay, spec.disk_mib)
         disk_mib = overlay.size_mib(machine.overlay)
         if spec.disk_mib > disk_mib:
-            self.report.phase(f"growing the overlay disk to {spec.disk_mib} MiB")
             overlay.grow(machine.overlay, spec.disk_mib)
         elif spec.disk_mib < disk_mib and old is not None:
             self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
         ssh.make_keys(machine.ssh)
-        if not machine.image_root.is_symlink() or machine.image_root.readlink() != image.path:
-            if old is not None and old.image != str(image.path):
-                self.report.note("the image has changed: the machine's own files stay on top of the new one")
-            store.add_root(machine.image_root, image.path)
+        if old is not None and old.image != str(image.path):
+            self.report.note("the image has changed: the machine's own files stay on top of the new one")
+        where = str(self.workspace)
+        if (
+            old is None
+            or (old.image, old.workspace) != (str(image.path), where)
+            or not machine.image_root.is_symlink()
+        ):
+            store.add_root(machine.image_root, image.path)  # a workspace that was moved is rooted anew
         new = record.Record(
             name=machine.name,
             machine_id=old.machine_id if old else record.new_machine_id(),
@@ -204,6 +229,7 @@ class Sandbox:
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
             disk_mib=max(spec.disk_mib, disk_mib),
+            workspace=where,
         )
         machine.save(new)
         return new
@@ -249,13 +275,15 @@ class Sandbox:
 
     def _go(self, record: Record, env: Mapping[str, str], loaded: Loaded) -> control.Go:
         from nixbox.image import apt
-        from nixbox.machine import qemu_args
+        from nixbox.machine import overlay, qemu_args
 
         settings = loaded.settings
         mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
         return control.Go(
             hostname=record.name,
             user=record.user,
+            image=record.image,
+            grow=overlay.filesystem_mib(self.machine.overlay) < overlay.size_mib(self.machine.overlay),
             machine_id=record.machine_id,
             time_s=int(time.time()),
             address=qemu_args.GUEST_ADDRESS,
@@ -310,7 +338,8 @@ class Sandbox:
         if code != 0:
             lines = "".join(f"\n  {line}" for line in control.tail(log, 15))
             raise NixboxError(
-                f"the profile's setup failed with exit code {code}; it will run again at the next up:{lines}",
+                f"the profile's setup failed with exit code {code}{setup.interpreter_note(text, code)}; "
+                f"it will run again at the next up:{lines}",
                 hint=f"the machine is up, look around with `nixbox shell {self.machine.name}`; "
                 "the log: nixbox logs --setup",
             )
@@ -341,17 +370,21 @@ class Sandbox:
         if not self.machine.path.exists():
             self.machine.load()  # raises with the words for a machine that is not there
         with self.machine.busy(self._waiting):
-            if not self.machine.alive():
-                self.machine.clean_runtime()
-                return "not running"
-            record = self.machine.load() if self.machine.exists() else None
-            if record is None or not record.ready:
-                return self._end()
-            if not self._power_off():
-                self._sync()
-                return self._end()
+            return self._stop()
+
+    def _stop(self) -> str:
+        """`down` for who holds the busy lock already."""
+        if not self.machine.alive():
             self.machine.clean_runtime()
-            return "powered off"
+            return "not running"
+        record = self.machine.load_or_none()
+        if record is None or not record.ready:
+            return self._end()
+        if not self._power_off():
+            self._sync()
+            return self._end()
+        self.machine.clean_runtime()
+        return "powered off"
 
     def _power_off(self) -> bool:
         """Ask the guest's init to sync and power off; whether it did within the bound."""
@@ -398,9 +431,9 @@ class Sandbox:
 
     def remove(self) -> None:
         """Stop the machine and remove its overlay, keys, logs and record."""
-        if self.machine.alive():
-            self.down()
         with self.machine.busy(self._waiting):
+            # Under one lock: an `up` that is at work now is waited for, and its machine is stopped, not forgotten.
+            self._stop()
             self.machine.remove()
 
     # --- inside ---

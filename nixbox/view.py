@@ -64,6 +64,18 @@ def machine_view(machine: MachineDir) -> MachineView:
     )
 
 
+def machine_views(machines: list[MachineDir]) -> list[MachineView]:
+    """Look at every machine; one whose record cannot be read is shown as `damaged`."""
+    found = []
+    for machine in machines:
+        try:
+            found.append(machine_view(machine))
+        except NixboxError:
+            nothing = (str(machine.workspace), "", "", "", 0, 0, 0, 0, "", None, None, 0, None, False)
+            found.append(MachineView(machine.name, "damaged", *nothing))
+    return found
+
+
 def _state(machine: MachineDir, ready: bool) -> str:
     if not ready:
         return "starting"

@@ -1,7 +1,8 @@
 """The control channel: a virtio-serial port that the guest's init speaks on, one short line a message.
 
 Guest: `boot 1`, `ready HASH|-`, `here`, `fail REASON`, `off`. Host: `go LENGTH` and that many bytes of a tar
-archive, `setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
+archive, `env LENGTH` and that many bytes (answered by `done`), `setup-done HASH`,
+ `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ class GuestError(NixboxError):
 class Go:
     """All that is individual to a machine; none of it is in an image.
 
-    `env` maps names to values (any bytes but NUL, as surrogate-escaped text), `files` guest paths to contents
+    `image` is the image's store path, `grow` says that the overlay disk is larger than its file system. `env` maps
+    names to values (any bytes but NUL, as surrogate-escaped text), `files` guest paths to contents
     that are put in place where nothing is yet.
     """
 
     hostname: str
     user: str
+    image: str
+    grow: bool
     machine_id: str
     time_s: int
     address: str
@@ -55,6 +59,8 @@ class Go:
         variables = {
             "hostname": self.hostname,
             "user": self.user,
+            "image": self.image,
+            "grow": "1" if self.grow else "0",
             "machine_id": self.machine_id,
             "time": str(self.time_s),
             "address": self.address,
@@ -155,6 +161,14 @@ class Control:
                 raise GuestError(f"the guest cannot start: {printable(rest)}")
             if said != "here":
                 raise GuestError(f"the guest said `{printable(said)}` instead of `{word}`")
+
+    def push_env(self, env: Mapping[str, str], timeout_s: float) -> None:
+        """Replace the environment of a running guest: new sessions see it."""
+        data = env_text(env).encode(errors="surrogateescape")
+        # The guest reads at least one byte.
+        data = data or b"\n"
+        self.send(f"env {len(data)}", data)
+        self.expect("done", timeout_s)
 
     def go(self, message: Go) -> None:
         """Send the machine's identity."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 from nixbox import run
 from nixbox.guest.control import printable
 from nixbox.guest.ssh import Endpoint
-
-_PLACE = "/run/nixbox/scripts"
 
 
 def setup_hash(text: str) -> str:
@@ -29,11 +26,10 @@ def with_shebang(text: str) -> str:
 def run_script(endpoint: Endpoint, title: str, text: str, log: Path | None, output: Callable[[str], None]) -> int:
     """Run a script as the guest's user and return its exit code; each line goes to `output` and to `log`.
 
-    The script travels over standard input and runs from the guest's memory; its own standard input is empty.
+    The script travels over standard input and runs from the guest's memory; its own standard input is empty. One
+    of a title runs at a time (nix/guest/script), and Ctrl-C here ends it there.
     """
-    file = shlex.quote(f"{_PLACE}/{hashlib.sha256(title.encode()).hexdigest()[:12]}")
-    # umask: what a script holds may be private.
-    command = f"umask 077; cat >{file} && chmod 700 {file} && umask 022 && exec {file} </dev/null 2>&1"
+    name = hashlib.sha256(title.encode()).hexdigest()[:12]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(log or os.devnull, flags if log else os.O_WRONLY, 0o600)
     with os.fdopen(fd, "w") as kept:
@@ -44,6 +40,19 @@ def run_script(endpoint: Endpoint, title: str, text: str, log: Path | None, outp
             kept.flush()
             output(printable(line))
 
-        done = run.stream([*endpoint.argv("-T"), command], on_out=on_line, stdin=with_shebang(text))
+        argv = [*endpoint.argv("-T"), f"/run/nixbox/script {name}"]
+        try:
+            done = run.stream(argv, on_out=on_line, stdin=with_shebang(text))
+        except BaseException:
+            end = [*endpoint.argv("-T"), f"/run/nixbox/signal script-{name} TERM"]
+            run.run(end, timeout_s=20, check=False)
+            raise
         kept.write(f"# exit code {done.code}\n")
     return done.code
+
+
+def interpreter_note(text: str, code: int) -> str:
+    """What to say beside exit code 126 or 127 of a script that names an interpreter; empty otherwise."""
+    if code in (126, 127) and text.startswith("#!"):
+        return f" (is its interpreter, {printable(text.splitlines()[0][2:].strip())}, in the image?)"
+    return ""

@@ -55,6 +55,11 @@ def _quoted(path: Path) -> str:
     return '"' + text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%") + '"'
 
 
+def check_path(directory: Path) -> None:
+    """Raise HostError for a path that no SSH configuration can hold: asked before anything is built."""
+    _quoted(directory)
+
+
 def write_config(directory: Path, name: str, user: str, port: int, control: Path) -> Endpoint:
     """Write `config` and `known_hosts` for a machine that was just started."""
     host_key = (directory / "host_key.pub").read_text().split()

@@ -189,5 +189,6 @@ def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Repor
 
 
 def _plain(text: str) -> str:
-    """A log line without the colours that programs put into it."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+    """A log line that cannot drive a terminal: without colours, other control characters as `?`."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

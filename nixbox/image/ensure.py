@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nixbox import paths, run
-from nixbox.errors import ConfigError
+from nixbox.errors import ConfigError, HostError
 from nixbox.image import build
 from nixbox.image.build import Image
 from nixbox.plan.model import ImageSpec
@@ -67,37 +71,64 @@ def ensure(
     locked: bool = False,
 ) -> Image:
     """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit."""
-    path = lock_path(workspace)
-    why = stale(workspace, spec)
-    if why and locked:
-        raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
-    if why:
-        reporter.phase(f"locking packages ({why})")
-        changed = relock(workspace, spec, mirror, security, reporter)
-        if len(changed) <= 20:
-            for line in changed:
-                reporter.note(line)
-        else:
-            reporter.note(f"locked {len(changed)} packages in {paths.CONFIG_DIR}/{paths.LOCK_FILE}")
-    image_key = build.key(spec, path.read_text())
+    with _one_at_a_time(workspace):
+        why = stale(workspace, spec)
+        if why and locked:
+            raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
+        if why:
+            reporter.phase(f"locking packages ({why})")
+            changed = relock(workspace, spec, mirror, security, reporter)
+            if len(changed) <= 20:
+                for line in changed:
+                    reporter.note(line)
+            else:
+                reporter.note(f"locked {len(changed)} packages in {paths.CONFIG_DIR}/{paths.LOCK_FILE}")
+        # Read once: what is built is what the key was made of, whatever happens to the file meanwhile.
+        text = lock_path(workspace).read_text()
+    image_key = build.key(spec, text)
     found = build.built(image_key)
     if found is not None:
         return found
-    return _build(path, spec, image_key, mirror, security, reporter)
+    return _build(workspace, text, spec, image_key, mirror, security, reporter)
+
+
+@contextmanager
+def _one_at_a_time(workspace: Path) -> Iterator[None]:
+    """One command at a time may look at a workspace's lock and change it."""
+    fd = os.open(workspace / paths.CONFIG_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _build(
-    path: Path, spec: ImageSpec, image_key: str, mirror: str | None, security: str | None, reporter: Reporter
+    workspace: Path,
+    text: str,
+    spec: ImageSpec,
+    image_key: str,
+    mirror: str | None,
+    security: str | None,
+    reporter: Reporter,
 ) -> Image:
-    from nixbox.image import apt, fetch, lock
+    from nixbox.image import apt, fetch, lock, store
 
-    loaded = lock.load(path)
+    if spec.build and spec.build_network and store.private_root() is not None:
+        raise HostError(
+            "build_network needs root or a Nix daemon: in a store of your own Nix never lifts its sandbox",
+            hint="on Debian: apt install nix-setup-systemd; or take build_network out of the profile",
+        )
+    loaded = lock.parse(text, lock_path(workspace))
+    build.roots_dir().mkdir(parents=True, exist_ok=True)
+    path = build.roots_dir() / f"{image_key}.lock"
+    paths.write_atomic(path, text)
     mirrors = apt.mirrors(mirror, security)
     reporter.phase("looking for the packages in the Nix store")
     fetch.ensure(loaded, mirrors, reporter.transfer)
     reporter.phase("evaluating the image")
-    text = build.expression(spec, path, mirrors.as_dict())
+    expression = build.expression(spec, path, mirrors.as_dict())
     try:
-        return build.build(spec, image_key, text, reporter)
+        return build.build(spec, image_key, expression, reporter)
     finally:
         reporter.done()

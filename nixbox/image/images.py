@@ -36,7 +36,7 @@ def _machines(path: Path) -> tuple[str, ...]:
     found = []
     for root in store.roots_of(path):
         # WORKSPACE/.nixbox/machines/NAME/image
-        if root.name == "image" and root.parent.parent.name == "machines" and root.exists():
+        if root.name == "image" and root.parent.parent.name == "machines" and root.is_symlink():
             found.append(f"{root.parents[3]}:{root.parent.name}")
     return tuple(sorted(found))
 
@@ -90,7 +90,8 @@ def collect(images: list[ImageInfo]) -> Collected:
             if root.is_symlink():
                 candidates |= set(store.requisites(root.readlink()))
                 root.unlink()
-        (roots_dir() / f"{image.key}.nix").unlink(missing_ok=True)
+        for suffix in (".nix", ".lock"):
+            (roots_dir() / f"{image.key}{suffix}").unlink(missing_ok=True)
     dead = store.dead(candidates)
     size = store.sizes(dead)
     return Collected(store.delete(dead), size)

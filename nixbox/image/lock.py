@@ -70,9 +70,13 @@ class Lock(_Strict):
 def load(path: Path) -> Lock:
     """Read a lock. Raises ConfigError naming every bad field, or saying that there is none."""
     try:
-        text = path.read_text()
+        return parse(path.read_text(), path)
     except FileNotFoundError:
         raise ConfigError(f"there is no lock at {path}", hint="`nixbox lock` makes it") from None
+
+
+def parse(text: str, path: Path) -> Lock:
+    """The lock that a text holds; `path` is what faults call it. Raises ConfigError naming every bad field."""
     mend = "restore the file from version control, or delete it and run `nixbox lock`"
     try:
         data = json.loads(text)

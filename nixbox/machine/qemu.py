@@ -44,7 +44,7 @@ class Qemu:
                 f"this version runs machines on x86_64 hosts only, not on {platform.machine()}",
                 hint="images for aarch64 can be locked and built already",
             )
-        for program in ("qemu-system-x86_64", "mke2fs", "e2fsck", "resize2fs", "ssh", "ssh-keygen"):
+        for program in ("qemu-system-x86_64", "mke2fs", "ssh", "ssh-keygen"):
             run.tool(program)
 
     def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path) -> int:

@@ -31,7 +31,7 @@ class Record:
 
     `image` is a store path; `created_at` and `started_at` are seconds since the epoch; `ready` says that the
     last start came to its end; `ssh_port`, `pid` and `started_at` are those of the last start; `setup` is the
-    hash of the setup that ran (None: none yet).
+    hash of the setup that ran (None: none yet); `workspace` is where the machine was last started.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Record:
     pid: int | None = None
     started_at: int | None = None
     setup: str | None = None
+    workspace: str = ""
     format: int = FORMAT
 
 
@@ -67,18 +68,36 @@ class MachineDir:
         self.console_log = self.logs / "console.log"
         self.setup_log = self.logs / "setup.log"
         self.vm_log = self.logs / "vm.log"
-        self.runtime = paths.runtime_dir(workspace, name)
-        self.sockets = Sockets.in_dir(self.runtime)
-        self.ssh_control = self.runtime / "ssh"
+        self.run_link = self.path / "run"
+
+    @property
+    def runtime(self) -> Path:
+        """The directory of the sockets: where the last start put it, whatever this process's environment says."""
+        try:
+            return self.run_link.readlink()
+        except OSError:
+            return paths.runtime_dir(self.workspace, self.name)
+
+    @property
+    def sockets(self) -> Sockets:
+        """The sockets of the running machine."""
+        return Sockets.in_dir(self.runtime)
+
+    @property
+    def ssh_control(self) -> Path:
+        """The socket of the shared SSH connection."""
+        return self.runtime / "ssh"
 
     def exists(self) -> bool:
         """Whether `nixbox up` has made this machine (its record is the last thing it writes)."""
         return self.record_file.is_file()
 
     def prepare(self) -> None:
-        """Make the directories: keys and logs are for this user's eyes only."""
-        for directory in (self.path, self.ssh, self.logs, self.runtime):
+        """Make the directories: keys and logs are for this user's eyes only. Not while a VM lives."""
+        for directory in (self.path, self.ssh, self.logs):
             paths.private_dir(directory)
+        self.run_link.unlink(missing_ok=True)
+        self.run_link.symlink_to(paths.private_dir(self.runtime))
 
     def rotate_logs(self) -> None:
         """Keep the console and the hypervisor's output of the last start as `*.old`, and begin new ones."""
@@ -106,6 +125,13 @@ class MachineDir:
             f"{self.record_file} is damaged or was written by another nixbox",
             hint=f"its disk is untouched; `nixbox rm {self.name}` removes the machine, or restore the file",
         )
+
+    def load_or_none(self) -> Record | None:
+        """The record, or None where there is none that can be read: what stops or removes a machine needs none."""
+        try:
+            return self.load()
+        except NixboxError:
+            return None
 
     def save(self, record: Record) -> None:
         """Write the record whole or not at all."""
@@ -136,7 +162,7 @@ class MachineDir:
     def hold_lock(self) -> Iterator[int]:
         """Take the liveness lock; the descriptor is for the VM process to inherit."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self.path / "lock", flags, 0o600)
+        fd = _above_stdio(os.open(self.path / "lock", flags, 0o600))
         try:
             # Whoever only asks holds it for microseconds; a VM would have been seen by alive().
             _flock(fd, wait_s=2)
@@ -225,6 +251,16 @@ class MachineDir:
             # flock has no timed wait and no descriptor to poll.
             time.sleep(0.01)
         return True
+
+
+def _above_stdio(fd: int) -> int:
+    """The same open file as descriptor 3 or higher: in a child, 0 to 2 become its standard streams."""
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 def _has_open(process: Path, wanted: os.stat_result) -> bool:

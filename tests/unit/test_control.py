@@ -41,6 +41,8 @@ def message(**changes: object) -> Go:
     values: dict[str, object] = {
         "hostname": "box",
         "user": "dev",
+        "image": "/nix/store/image",
+        "grow": False,
         "machine_id": "0" * 32,
         "time_s": 1_700_000_000,
         "address": "10.0.2.15/24",

@@ -64,6 +64,31 @@ def test_signals_reach_the_command(running: Workspace, sig: signal.Signals) -> N
     assert b"caught" in out and process.returncode == 42, err
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_command_alone(running: Workspace) -> None:
+    # The whole foreground group gets SIGINT, as from a terminal: ssh must not die of it first.
+    script = "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done"
+    process = running.start("run", "--no-tty", "--", "bash", "-c", script, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert b"caught" in out and process.returncode == 9, err
+
+
+def test_what_sudo_runs_is_ended_too(running: Workspace) -> None:
+    running("run", "--timeout", "1", "--", "sudo", "sleep", "54321", code=124, timeout_s=60)
+    assert "54321" not in running.guest("cat /proc/[0-9]*/cmdline | tr '\\0' ' '").replace("cat /proc", "")
+
+
+def test_names_of_variables_are_names(running: Workspace) -> None:
+    refused = running("run", "-e", "X;touch /tmp/pwn;Y=1", "--", "true", code=125)
+    assert "takes NAME=VALUE" in refused.stderr
+    assert (
+        running("run", "-e", "command=mine", "-e", "run=too", "--", "printenv", "command", "run").stdout
+        == "mine\ntoo\n"
+    )
+
+
 def test_a_terminal_when_there_is_one(running: Workspace) -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen(

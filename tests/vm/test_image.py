@@ -173,6 +173,49 @@ def test_a_build_has_no_network_unless_it_says_so(workspace: Workspace, server: 
     assert "10.0.2.3" in workspace.guest("cat /etc/resolv.conf")
 
 
+def test_a_build_with_network_cannot_leave_its_root(workspace: Workspace, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    # The classic way out of a chroot: keep a directory open outside of a new one, and climb.
+    escape = (
+        "mkdir /tmp/e; perl -e 'chroot q(/tmp/e); chdir q(..) for 1..64; chroot q(.); exec q(/bin/sh), q(-c), @ARGV'"
+    )
+    script = (
+        f"{escape} 'cat {secret} /.outside{secret}; ls -A /' > /var/found 2>&1 || true; cat /var/found >&2; false"
+    )
+    workspace.config(CONFIG, f"build = {json.dumps(script)}\nbuild_network = true\n")
+    failed = workspace("build", code=1)
+    assert "No such file" in failed.stderr
+    assert "of the host" not in failed.stderr
+
+
+def test_a_lock_that_changes_meanwhile_does_not_poison_the_cache(workspace: Workspace) -> None:
+    lock = workspace.path / ".nixbox" / "nixbox.lock"
+    before = lock.read_text()
+    workspace.config(CONFIG, 'build = "true; sleep 2"\n')
+    build = workspace.start("build")
+    assert build.stderr is not None
+    for line in build.stderr:
+        if b"evaluating" in line:
+            data = json.loads(before)
+            data["packages"] = data["base_packages"][:1]
+            lock.write_text(json.dumps(data))
+            break
+    out, err = build.communicate(timeout=300)
+    assert build.returncode == 0, err.decode()
+    lock.write_text(before)
+    again = json.loads(workspace("build", "--json").stdout)
+    assert again["path"] == out.decode().strip() and again["fresh"] is False
+    assert len(again["image"]["packages"]) == len(json.loads(before)["base_packages"])
+
+
+def test_control_characters_of_a_build_do_not_reach_the_terminal(workspace: Workspace) -> None:
+    script = "printf '\\033]0;title\\007\\033[2J boo\\n'; false"
+    workspace.config(CONFIG, f"build = {json.dumps(script)}\n")
+    failed = workspace("build", code=1)
+    assert "boo" in failed.stderr and "\x1b" not in failed.stderr and "\x07" not in failed.stderr
+
+
 def test_a_mirror_that_cannot_be_reached_is_named(workspace: Workspace) -> None:
     mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
     workspace.config(f'name = "box"\nmounts = []\n{RESOURCES}{mirror}')

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_setup_and_scripts_that_fail_are_shown_and_tried_again(workspace: Worksp
     workspace.config(config, 'setup = "echo trying; ls /missing"\n')
     failed = workspace("up", code=1)
     assert "setup failed with exit code 2" in failed.stderr and "/missing" in failed.stderr
-    assert workspace.guest("ls /var/lib/nixbox/") == ""
+    assert "setup-done" not in workspace.guest("ls /var/lib/nixbox/")
     assert "trying" in workspace("logs", "--setup").stdout
 
     workspace.config(config, 'setup = "echo mended"\n')
@@ -142,6 +143,107 @@ def test_two_ups_at_once_make_one_machine(workspace: Workspace) -> None:
     assert len(workspace.vm_pids()) == 1
     assert sum("is at work on `box`; waiting" in text for text in said) == 2
     assert sum("`box` is running" in text for text in said) == 2
+
+
+def test_rm_during_up_waits_and_leaves_nothing(workspace: Workspace) -> None:
+    up = workspace.start("up")
+    _wait(lambda: (workspace.machine() / "busy").exists())
+    removed = workspace("rm", "--yes")
+    up.communicate(timeout=400)
+    assert "is at work on `box`; waiting" in removed.stderr
+    assert workspace.vm_pids() == [] and not workspace.machine().exists()
+
+
+def test_an_up_without_standard_streams_keeps_its_lock(workspace: Workspace) -> None:
+    # The lock's file must not take the place of a closed stream: the child's log would be put over it.
+    closed = 'exec "$@" <&- >&- 2>&-'
+    command = ["sh", "-c", closed, "sh", sys.executable, "-m", "nixbox", "up"]
+    assert subprocess.run(command, cwd=workspace.path, env=dict(workspace.env), check=False).returncode == 0
+    assert workspace.status()["state"] == "running"
+    workspace("down")
+    assert workspace.vm_pids() == []
+
+
+def test_sigterm_ends_what_up_has_begun(workspace: Workspace) -> None:
+    up = workspace.start("up")
+    _wait(lambda: workspace.vm_pids() != [], 60)
+    up.terminate()
+    _, err = up.communicate(timeout=60)
+    assert up.returncode == 128 + signal.SIGTERM, err.decode()
+    assert workspace.vm_pids() == []
+
+
+def test_an_interrupted_setup_does_not_run_beside_the_next(workspace: Workspace) -> None:
+    slow = "echo begin $$ >> ~/runs; sleep 6; echo end $$ >> ~/runs"
+    workspace.config(f'name = "box"\nprofile = "dev"\nmounts = []\n{RESOURCES}', f'setup = "{slow}"\n')
+    up = workspace.start("up")
+    assert up.stderr is not None
+    for line in up.stderr:
+        if b"running the profile's setup" in line:
+            break
+    _wait(lambda: "begin" in workspace("run", "--", "cat", "runs", code=None).stdout)
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=60)
+    assert up.returncode == 130
+    workspace("up")  # the machine is up; its setup runs now, alone
+    runs = workspace.guest("cat ~/runs").split("\n")[:-1]
+    assert [line.split()[0] for line in runs] == ["begin", "begin", "end"]
+    assert runs[1].split()[1] == runs[2].split()[1]
+    workspace("up")
+    assert workspace.guest("grep -c begin ~/runs") == "2\n"
+
+    # kill -9 of up: what it left in the guest is ended before the next one runs.
+    workspace("rm", "--yes")
+    up = workspace.start("up")
+    _wait(lambda: "begin" in workspace("run", "--", "cat", "runs", code=None).stdout, 90)
+    up.kill()
+    up.communicate()
+    workspace("up")
+    runs = workspace.guest("cat ~/runs").split("\n")[:-1]
+    assert [line.split()[0] for line in runs] == ["begin", "begin", "end"]
+
+
+def test_up_of_a_running_machine_brings_it_up_to_date(workspace: Workspace) -> None:
+    config = f'name = "box"\nmounts = []\nscripts = ["echo ran >> ~/ran"]\n{RESOURCES}'
+    workspace.config(config)
+    workspace("up")
+    again = workspace("up", "--env", "FRESH=yes")
+    assert "changed" not in again.stderr
+    assert workspace.guest("echo $FRESH; cat ~/ran") == "yes\nran\nran\n"
+    workspace.config(config.replace("320MiB", "384MiB"), None)
+    assert "changed: resources" in workspace("up").stderr
+    assert workspace.guest("echo ${FRESH-gone}") == "gone\n"
+
+
+def test_a_new_image_brings_its_system_users(workspace: Workspace) -> None:
+    workspace("up")
+    workspace.guest("sudo useradd --system mine")
+    workspace("down")
+    profile = 'build = "useradd --system --home-dir /srv newcomer; echo kept > /var/log/apt/kept"\n'
+    workspace.config(f'name = "box"\nprofile = "dev"\nmounts = []\n{RESOURCES}', profile)
+    workspace("up")
+    assert workspace.guest("getent passwd newcomer mine | cut -d: -f1").split() == ["newcomer", "mine"]
+    assert "newcomer:!" in workspace.guest("sudo getent shadow newcomer")
+    assert workspace.guest("cat /var/log/apt/kept") == "kept\n"
+
+
+def test_a_damaged_record_can_still_be_stopped_and_removed(workspace: Workspace) -> None:
+    workspace("up")
+    (workspace.machine() / "machine.json").write_text("{}")
+    assert "damaged" in workspace("up", code=1).stderr or workspace.vm_pids() == []
+    assert "damaged" in workspace("list").stdout
+    workspace("down")
+    assert workspace.vm_pids() == []
+    workspace("rm", "--yes")
+    assert not workspace.machine().exists()
+
+
+def test_another_runtime_directory_finds_the_machine(workspace: Workspace, home: Home) -> None:
+    # As from cron or after su: the sockets are where the start put them.
+    workspace("up")
+    workspace.extra["XDG_RUNTIME_DIR"] = "/nonexistent"
+    assert "is running" in workspace("up").stderr
+    assert "is down" in workspace("down").stderr
 
 
 def test_kill_9_of_the_vm_loses_nothing(workspace: Workspace) -> None:

@@ -25,11 +25,12 @@ rec {
     name = "nixbox-inputs";
     debs = map fetch.fetchDeb all;
     inherit (tools) busybox tools;
+    passAsFile = [ "debs" ];
   } ''
     mkdir $out
     ln -s $busybox $out/busybox
     ln -s $tools $out/tools
-    for deb in $debs; do ln -sf $deb $out/; done
+    for deb in $(cat $debsPath); do ln -sf $deb $out/; done
   '';
   packages = map (p: { inherit (p) name version; }) (lock.base_packages ++ lock.packages);
 }

@@ -28,14 +28,16 @@ let
         -comp zstd -Xcompression-level 1 $out
     }
     fake='mkdir -p "$1$L"; cp $L/libfakeroot-sysv.so "$1$L"'
+    # What the step itself has put into the root goes again; what a build script made stays.
+    export leave='umount -l "$1/dev"; rm -r "$1$L"; rm -f "$1"/var/cache/ldconfig/aux-cache
+      rm -f "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap'
     # Nothing individual and nothing of the build stays: host keys, machine-id, caches, the host's resolver.
     clean='
-      umount -l "$1/dev"; rm -r "$1$L"
+      eval "$leave"
       rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/resolv.conf "$1"/etc/hostname
-      rm -f "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap
       rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/* "$1"/var/cache/apt/*.bin
       rm -f "$1"/var/log/dpkg.log "$1"/var/log/apt/* "$1"/var/log/alternatives.log "$1"/var/log/bootstrap.log
-      rm -f "$1"/var/cache/ldconfig/aux-cache; rm -rf "$1"/var/cache/debconf/tmp.ci
+      rm -rf "$1"/var/cache/debconf/tmp.ci
       : > "$1"/etc/machine-id'
     # A failed step takes its mounts away, so that the end of the log is about the failure.
     export unmount='umount -l "$1/dev" "$1/tmp/repo" "$1/tmp/build" 2>/dev/null'
@@ -82,11 +84,11 @@ rec {
   '';
 
   # The scripts of plugins and profile, in order, as root of the image. With `network` Nix's sandbox is off for
-  # this one derivation (it asks for `sandbox = relaxed`); the script still runs in its own chroot.
+  # this one derivation (it asks for `sandbox = relaxed`); the script's root is still the image alone, with the
+  # build's tools and the Nix store around it, but it reaches the host's network, its loopback included.
   withBuild = { scripts, network }: if scripts == [ ] then withPackages else on ({
     name = "nixbox-debian-built.squashfs";
     base = withPackages;
-    scripts = builtins.toJSON scripts;
   } // (if network then { __noChroot = true; buildNetwork = "1"; } else { })
     // (builtins.listToAttrs (builtins.genList
     (i: { name = "build${toString i}"; value = (builtins.elemAt scripts i).script; })
@@ -116,7 +118,8 @@ rec {
             || { echo "nixbox: the build of $title failed with exit code $?" >&2; eval "$unmount"; exit 1; }
           n=$((n + 1))
         done' \
-      --customize-hook='umount "$1/tmp/build"; rmdir "$1/tmp/build"' --customize-hook="$clean" \
+      --customize-hook='umount "$1/tmp/build"; rmdir "$1/tmp/build"
+        [ -z "''${buildNetwork:-}" ] || rm -f "$1/etc/resolv.conf"' --customize-hook="$leave" \
       "" - | pack
   '';
 }

@@ -1,7 +1,7 @@
 # The build's own programs, all from locked .debs: nothing of the host runs in a build.
 #   busybox   static; the builder of everything here. nixbox adds it to the store under its recorded hash.
 #   tools     a tree of unpacked .debs: mmdebstrap, apt, dpkg, fakeroot, squashfs-tools, …
-#   inTools   runs a bash script chrooted into that tree, as root of a nested user namespace
+#   inTools   runs a bash script with that tree as its root, as root of a nested user namespace
 { lock, system, fetchDeb }:
 let
   epoch = "1700000000"; # SOURCE_DATE_EPOCH: any constant does, it only has to be the same each time
@@ -43,10 +43,14 @@ rec {
     ];
   } // attrs);
 
-  tools = runBusybox { name = "nixbox-debian-tools"; debs = map fetchDeb lock.tools; } ''
+  tools = runBusybox {
+    name = "nixbox-debian-tools";
+    debs = map fetchDeb lock.tools;
+    passAsFile = [ "debs" ]; # one variable holds at most 128 KiB (execve(2))
+  } ''
     mkdir -p $out/usr/bin $out/usr/sbin $out/usr/lib $out/usr/lib64
     for d in bin sbin lib lib64; do ln -s usr/$d $out/$d; done
-    printf '%s\n' $debs | xargs -n1 -P2 sh -euc '
+    tr ' ' '\n' <$debsPath | xargs -n1 -P2 sh -euc '
       member=$(ar t "$1" | grep "^data\.tar")
       case $member in
         *.xz) unpack="xz -dc" ;; *.gz) unpack="gzip -dc" ;; *.tar) unpack=cat ;;
@@ -92,13 +96,18 @@ rec {
       done
       mkdir $T/dev/shm
       for d in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s /proc/self/''${d#*:} $T/dev/''${d%%:*}; done
-      mount --rbind /nix $T/nix
+      mkdir $T/nix/store
+      mount --rbind /nix/store $T/nix/store
       # On the disk, not in memory: an image may be larger than what this machine has.
       mkdir $NIX_BUILD_TOP/.tmp
       mount --bind $NIX_BUILD_TOP/.tmp $T/tmp
       mkdir -p $T$NIX_BUILD_TOP
       mount --rbind $NIX_BUILD_TOP $T$NIX_BUILD_TOP
       export PATH=/usr/sbin:/usr/bin TMPDIR=/tmp HOME=/root
-      exec chroot $T /bin/bash -euo pipefail $scriptPath'
+      # Not chroot, which root can leave: what was outside is unmounted, so there is nothing to escape to.
+      mkdir $T/.outside
+      cd $T
+      pivot_root . .outside
+      exec /usr/bin/env -u T /bin/bash -euc "umount -l /.outside; rmdir /.outside; exec bash -euo pipefail $scriptPath"'
   '';
 }
