@@ -15,7 +15,7 @@ let
     inherit lock mirrors system build buildNetwork;
     guest = ./guest;
   };
-  meta = builtins.toJSON {
+  imageJson = builtins.toJSON {
     format = 1;
     inherit (lock) arch;
     base = lock.base;
@@ -30,14 +30,14 @@ in
   inherit (base) inputs;
   image = base.runBusybox {
     name = "nixbox-image";
-    inherit meta;
+    inherit imageJson; # not `meta`: newer Nix wants a set there
     inherit (base) kernel initrd rootImage;
-    passAsFile = [ "meta" ];
+    passAsFile = [ "imageJson" ];
   } ''
     mkdir $out
     ln -s $kernel/vmlinux $kernel/bzImage $kernel/release $out/
     ln -s $initrd $out/initrd
     ln -s $rootImage $out/root.squashfs
-    cp $metaPath $out/image.json
+    cp $imageJsonPath $out/image.json
   '';
 }

@@ -43,7 +43,10 @@ def private_root() -> Path | None:
     remote = os.environ.get("NIX_REMOTE", "")
     if remote.startswith("/"):
         return Path(remote)
-    if remote or os.access(STORE, os.W_OK) or os.access(_DAEMON_SOCKET, os.W_OK):
+    place = STORE
+    while not place.exists():  # Nix makes its store at its first call, for who may
+        place = place.parent
+    if remote or os.access(place, os.W_OK) or os.access(_DAEMON_SOCKET, os.W_OK):
         return None
     data = os.environ.get("XDG_DATA_HOME", "")
     return (Path(data) if data.startswith("/") else Path.home() / ".local/share") / "nix/root"
@@ -96,8 +99,8 @@ def setup() -> NixSetup:
         options.extend(option)
         reasons.append(reason)
 
-    if not {"nix-command", "flakes"} <= {str(f) for f in config.get("experimental-features", [])}:
-        add(features, "the experimental features nix-command and flakes are not on in nix.conf")
+    # Newer ones count what this very call was given, so the answer says nothing about nix.conf.
+    add(features, "`nix build` and flakes are experimental features, and nix.conf need not name them")
     if str(config.get("sandbox")) == "False" or config.get("sandbox") is False:
         add(("--option", "sandbox", "true"), "nix.conf turns the sandbox off; builds here need it")
     group = str(config.get("build-users-group") or "")

@@ -228,7 +228,7 @@ def test_inputs_hold_every_package(evaluate: Evaluate) -> None:
 
 @pytest.mark.parametrize(("what", "reproducible"), [("base", True), ("build", True), ("build_network", False)])
 def test_the_image_says_what_it_is(evaluate: Evaluate, what: str, reproducible: bool) -> None:
-    meta = json.loads(evaluate({what: EVERY[what]}, "image.meta")[what])
+    meta = json.loads(evaluate({what: EVERY[what]}, "image.imageJson")[what])
     assert meta["reproducible"] is reproducible
     assert meta["build"] == [script.origin for script in EVERY[what].spec.build]
     assert (meta["base"], meta["suite"], meta["arch"]) == ("debian", "trixie", "amd64")
