@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import NixboxError, NotRunningError
+from nixbox.errors import ConfigError, NixboxError, NotRunningError
 from nixbox.guest import control, ssh
 from nixbox.machine.record import MachineDir, Record, all_machines
 from nixbox.report import Reporter
@@ -152,7 +152,8 @@ class Sandbox:
 
     def _running(self, plan: Plan, env: Mapping[str, str]) -> Up | None:
         """What to do about a live VM: go on with it, heal it, or (None) start over."""
-        record = self.machine.load_or_none()
+        # A record that cannot be read raises: the machine may be in somebody's use, and is left alone.
+        record = self.machine.load() if self.machine.exists() else None
         if record is None or not record.ready or record.ssh_port is None:
             self.report.note(f"`{self.machine.name}` was left half started; starting it again")
             self._end()
@@ -278,7 +279,13 @@ class Sandbox:
         from nixbox.machine import overlay, qemu_args
 
         settings = loaded.settings
-        mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
+        files = {}
+        try:
+            mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
+            files["etc/apt/sources.list.d/nixbox.sources"] = apt.guest_sources(mirrors, settings.suite)
+        except ConfigError:
+            # An image that was built elsewhere runs on a host that knows no mirror; its apt has none then.
+            self.report.note("note: no Debian mirror is known here, so apt in the guest has no package sources")
         return control.Go(
             hostname=record.name,
             user=record.user,
@@ -292,7 +299,7 @@ class Sandbox:
             host_key=(self.machine.ssh / "host_key").read_bytes(),
             authorized_key=(self.machine.ssh / "user_key.pub").read_bytes(),
             env=env,
-            files={"etc/apt/sources.list.d/nixbox.sources": apt.guest_sources(mirrors, settings.suite)},
+            files=files,
         )
 
     def _explained(self, error: NixboxError) -> NixboxError:
