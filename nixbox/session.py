@@ -17,7 +17,7 @@ from nixbox import paths, run
 from nixbox.config import names
 from nixbox.errors import ConfigError, NixboxError, NotRunningError
 from nixbox.guest import control, ssh
-from nixbox.machine.record import MachineDir, Record, all_machines
+from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Reporter
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Up:
 
 
 class Sandbox:
-    """One machine of one workspace: `with`-less, every method leaves a state from which every other works.
+    """One machine of one workspace; every method leaves a state from which every other works.
 
     >>> box = Sandbox.open(Path("."))
     >>> box.up()
@@ -493,11 +493,6 @@ class Sandbox:
     def shell(self) -> None:
         """Become a login shell in the guest."""
         run.replace(self.require_running().argv("-t"))
-
-
-def sandboxes(workspace: Path) -> list[Sandbox]:
-    """Every machine of a workspace."""
-    return [Sandbox(workspace, machine.name) for machine in all_machines(workspace)]
 
 
 def default_machine(workspace: Path) -> str:

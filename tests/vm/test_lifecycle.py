@@ -104,6 +104,26 @@ def test_a_profile_shapes_the_image_and_the_first_boot(workspace: Workspace) -> 
     assert "the lock does not fit the config" in refused.stderr
 
 
+def test_plugins_add_to_the_image_and_to_every_start(workspace: Workspace) -> None:
+    plugin = workspace.path / "tools" / "greeter"
+    plugin.mkdir(parents=True)
+    (plugin / "plugin.toml").write_text(
+        'packages = { debian = ["tree"] }\nbuild = "echo from the plugin > /etc/greeting"\n'
+        'scripts = ["cat /etc/greeting >> ~/order"]\n'
+    )
+    profile = 'build = "echo then the profile >> /etc/greeting"\n'
+    own = 'plugins = ["./tools/greeter"]\nscripts = ["echo own >> ~/order"]\n'
+    workspace.config(f'name = "box"\nprofile = "dev"\nmounts = []\n{own}{RESOURCES}', profile)
+    workspace("up")
+    assert workspace.guest("cat ~/order") == "from the plugin\nthen the profile\nown\n"
+    assert "tree v" in workspace.guest("tree --version")
+    assert "plugin ./tools/greeter" in workspace("config").stdout
+
+    (plugin / "plugin.toml").write_text('[env]\nTOKEN = "x"\n[hooks]\npre-up = ["true"]\n')
+    refused = workspace("up", code=2)
+    assert "env" in refused.stderr and "hooks" in refused.stderr
+
+
 def test_setup_and_scripts_that_fail_are_shown_and_tried_again(workspace: Workspace) -> None:
     scripts = 'scripts = ["echo first; false", "echo second: $GREETING"]\nprofile = "dev"\nmounts = []\n'
     config = f'name = "box"\n{scripts}[env]\nGREETING = "hello there"\n{RESOURCES}'

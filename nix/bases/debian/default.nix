@@ -4,7 +4,7 @@
 let
   fetch = import ./fetch.nix { inherit mirrors; };
   tools = import ./tools.nix { inherit lock system; inherit (fetch) fetchDeb; };
-  root = import ./root.nix { inherit lock; inherit (fetch) debName fetchDeb; inherit (tools) inTools; };
+  root = import ./root.nix { inherit lock; inherit (fetch) fetchDeb; inherit (tools) inTools; };
   all = [ lock.bootstrap.package lock.kernel ] ++ lock.tools ++ lock.base_packages ++ lock.packages;
 in
 rec {

@@ -1,7 +1,7 @@
 # The root file system: a base made by mmdebstrap from the locked set, then, each on top of the one before and
 # each a derivation of its own so that only what changed is made again, the requested packages and the build
 # scripts. The result is flat: one squashfs.
-{ lock, debName, fetchDeb, inTools }:
+{ lock, fetchDeb, inTools }:
 let
   lines = builtins.concatStringsSep "\n";
   multiarch = { amd64 = "x86_64-linux-gnu"; arm64 = "aarch64-linux-gnu"; }.${lock.arch};
