@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import tempfile
+import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +135,26 @@ class _Log:
         return BuildError(body, hint=_hint(every, failed))
 
 
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A place for Nix's build directories (a daemon has its own).
+
+    Nix removes them itself, but on Ctrl-C it does so before the builder has ended, which leaves some; here all go.
+    """
+    directory = tempfile.mkdtemp(prefix="nixbox-build-")
+    Path(directory).chmod(0o711)  # a build user must get through to its own directory
+    try:
+        yield directory
+    finally:
+        for _ in range(50):
+            # The builder may be writing still for a moment; it also leaves directories without write permission.
+            run.run(["chmod", "-R", "u+rwX", directory], timeout_s=60, check=False)
+            shutil.rmtree(directory, ignore_errors=True)
+            if not Path(directory).exists():
+                break
+            time.sleep(0.1)
+
+
 def _relevant(lines: list[str]) -> tuple[list[str], str | None]:
     """The part of a log that is about the failure, and the reason where a step of ours named one.
 
@@ -181,7 +205,8 @@ def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Repor
     argv = ["nix", *options, "build", "--log-format", "internal-json", "--json", "-f", str(source)]
     argv += ["--out-link", str(root), "image", "inputs"]
     log = _Log(reporter)
-    done = run.stream(argv, on_err=log.line, env=store.env())
+    with _scratch() as scratch:
+        done = run.stream(argv, on_err=log.line, env=store.env() | {"TMPDIR": scratch})
     if done.code != 0:
         raise log.failure(done.code)
     path = Path(json.loads(done.stdout)[0]["outputs"]["out"])

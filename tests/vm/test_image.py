@@ -259,6 +259,9 @@ def test_a_damaged_lock_is_named_field_by_field(workspace: Workspace) -> None:
 
 def test_ctrl_c_during_a_build_leaves_no_half_state(workspace: Workspace) -> None:
     workspace.config(CONFIG, 'packages = ["tree"]\nbuild = "sleep 300"\n')
+    scratch = workspace.path / "scratch"
+    scratch.mkdir(mode=0o755)
+    workspace.extra["TMPDIR"] = str(scratch)
     build = workspace.start("build")
     assert build.stderr is not None
     for line in build.stderr:
@@ -270,6 +273,7 @@ def test_ctrl_c_during_a_build_leaves_no_half_state(workspace: Workspace) -> Non
     assert build.returncode == 130, err.decode()
     left = subprocess.run(["pgrep", "-fa", "sleep 300"], capture_output=True, text=True, check=False).stdout
     assert left == "", "the builder ended too"
+    assert not list(scratch.iterdir()), "its directory is gone"
     workspace.config(CONFIG, 'packages = ["tree"]\n')
     workspace("build")
 
