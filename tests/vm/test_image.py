@@ -24,7 +24,7 @@ CONFIG = f'name = "box"\nprofile = "dev"\nmounts = []\n{RESOURCES}'
 def _nix(box: Workspace, *argv: str) -> subprocess.CompletedProcess[str]:
     from nixbox.image import store
 
-    options = ["--option", "sandbox", "true", "--option", "substituters", ""]
+    options = store.setup().options
     env = dict(box.env)
     if store.private_root() is not None:
         env["NIX_REMOTE"] = str(Path(env["HOME"]) / ".local/share/nix/root")
@@ -271,11 +271,21 @@ def test_ctrl_c_during_a_build_leaves_no_half_state(workspace: Workspace) -> Non
     build.send_signal(signal.SIGINT)
     _, err = build.communicate(timeout=60)
     assert build.returncode == 130, err.decode()
-    left = subprocess.run(["pgrep", "-fa", "sleep 300"], capture_output=True, text=True, check=False).stdout
-    assert left == "", "the builder ended too"
+    assert not _running("sleep\0300\0"), "the builder ended too"
     assert not list(scratch.iterdir()), "its directory is gone"
     workspace.config(CONFIG, 'packages = ["tree"]\n')
     workspace("build")
+
+
+def _running(command: str) -> list[Path]:
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if line.read_bytes() == command.encode():
+                found.append(line)
+        except OSError:
+            continue
+    return found
 
 
 def test_a_full_disk_during_a_build_is_said(workspace: Workspace, home: Home) -> None:
