@@ -187,15 +187,14 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     from dataclasses import asdict
 
     from nixbox.config.load import resolve_env
-    from nixbox.image import build, ensure
+    from nixbox.image import ensure
     from nixbox.machine import accelerator
 
     loaded = box.load()
     plan = box.plan(loaded)
     resolve_env(loaded.settings, os.environ)
     why = ensure.stale(box.workspace, plan.image)
-    lock = ensure.lock_path(box.workspace)
-    image = None if why else build.built(build.key(plan.image, lock.read_text()))
+    image = ensure.current(box.workspace, plan.image)
     choice = accelerator.choose(plan.machine.accelerator)
     state = "running" if box.machine.alive() else "stopped" if box.machine.exists() else "new"
     if as_json:

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+def harmless(text: str, keep: str = "") -> str:
+    """Text of a guest or a build that cannot drive a terminal; `keep` are control characters to leave in it."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
 class Reporter:
     """Says nothing: what a library caller gets."""
 

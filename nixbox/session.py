@@ -172,15 +172,13 @@ class Sandbox:
 
     def _tell_what_waits(self, plan: Plan, record: Record) -> None:
         """A running machine keeps its image and shape; say so where the config has changed them."""
-        from nixbox.image import build, ensure
+        from nixbox.image import ensure
 
         spec = plan.machine
         changed = []
         if (record.vcpus, record.memory_mib) != (spec.vcpus, spec.memory_mib):
             changed.append("resources")
-        lock = ensure.lock_path(self.workspace)
-        stale = ensure.stale(self.workspace, plan.image)
-        image = None if stale else build.built(build.key(plan.image, lock.read_text()))
+        image = ensure.current(self.workspace, plan.image)
         if image is None or str(image.path) != record.image:
             changed.append("image")
         if changed:
@@ -480,8 +478,7 @@ class Sandbox:
         run_id = secrets.token_hex(8)
 
         def forward(sig: signal.Signals) -> None:
-            name = sig.name.removeprefix("SIG")
-            run.run([*endpoint.argv(), f"/run/nixbox/signal {run_id} {name}"], timeout_s=30, check=False)
+            ssh.send_signal(endpoint, run_id, sig)
 
         return run.attached(
             [*endpoint.argv("-tt" if tty else "-T"), ssh.remote_command(command, workdir)],

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from nixbox.errors import NixboxError
 from nixbox.machine.record import MachineDir
+from nixbox.report import harmless
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +115,12 @@ def show_log(path: Path, machine: MachineDir, *, follow: bool, out: TextIO) -> N
             more = follow and machine.alive()  # asked before reading: a machine's last words are not lost
             text = file.read()
             if text:
-                out.write(_printable(text) if safe else text)
+                out.write(harmless(text.replace("\r", ""), "\n\t") if safe else text)
                 out.flush()
             elif not more:
                 return
             else:
                 time.sleep(0.2)  # a plain file has no event to wait for that every host knows
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else "" if c == "\r" else "?" for c in text)
 
 
 def print_rows(rows: list[list[str]], header: list[str]) -> None:

@@ -1,8 +1,8 @@
 """The control channel: a virtio-serial port that the guest's init speaks on, one short line a message.
 
 Guest: `boot 1`, `ready HASH|-`, `here`, `fail REASON`, `off`. Host: `go LENGTH` and that many bytes of a tar
-archive, `env LENGTH` and that many bytes (answered by `done`), `setup-done HASH`,
- `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
+archive, `env LENGTH` and that many bytes (answered by `done`), `setup-done HASH`, `poweroff`, `ping` (answered by
+`pong`). See docs/decisions/003-control-channel.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from nixbox.errors import NixboxError, TimeoutExpired
+from nixbox.report import harmless
 
 PROTOCOL = "1"
 _LINE_LIMIT = 4096
@@ -178,7 +179,7 @@ class Control:
 
 def printable(text: str) -> str:
     """What a guest said, safe to show on a terminal: no control characters, at most 300 characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+    return harmless(text)[:300]
 
 
 def tail(path: Path, lines: int) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from nixbox import run
 from nixbox.guest.control import printable
-from nixbox.guest.ssh import Endpoint
+from nixbox.guest.ssh import Endpoint, send_signal
 
 
 def setup_hash(text: str) -> str:
@@ -44,8 +45,7 @@ def run_script(endpoint: Endpoint, title: str, text: str, log: Path | None, outp
         try:
             done = run.stream(argv, on_out=on_line, stdin=with_shebang(text))
         except BaseException:
-            end = [*endpoint.argv("-T"), f"/run/nixbox/signal script-{name} TERM"]
-            run.run(end, timeout_s=20, check=False)
+            send_signal(endpoint, f"script-{name}", signal.SIGTERM)
             raise
         kept.write(f"# exit code {done.code}\n")
     return done.code

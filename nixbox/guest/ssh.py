@@ -5,14 +5,16 @@ The configuration file that is written works for any SSH client: `ssh -F …/ssh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import paths, run
-from nixbox.errors import HostError
+from nixbox.errors import HostError, NixboxError
 from nixbox.guest.control import env_text
 
 _TIMEOUT_S = 30.0
@@ -111,6 +113,16 @@ def remote_command(command: Sequence[str], workdir: str | None) -> str:
 def session_env(run_id: str, env: Mapping[str, str]) -> dict[str, str]:
     """What one `run` sends along: its mark, and its variables, which no command line ever shows."""
     return {"NIXBOX_RUN": run_id} | ({"NIXBOX_ENV": env_text(env)} if env else {})
+
+
+def send_signal(endpoint: Endpoint, run_id: str, sig: signal.Signals) -> None:
+    """Signal everything of one run or script in the guest (nix/guest/signal).
+
+    Nothing is raised: it is called while something else already goes wrong, and that is what is to be told.
+    """
+    command = f"/run/nixbox/signal {run_id} {sig.name.removeprefix('SIG')}"
+    with contextlib.suppress(NixboxError):
+        run.run([*endpoint.argv("-T"), command], timeout_s=_TIMEOUT_S, check=False)
 
 
 def open_master(endpoint: Endpoint) -> None:

@@ -20,7 +20,7 @@ from nixbox.errors import NixboxError
 from nixbox.image import store
 from nixbox.plan import nixexpr
 from nixbox.plan.model import ImageSpec
-from nixbox.report import Reporter
+from nixbox.report import Reporter, harmless
 
 _LOG_TAIL = 25
 
@@ -215,5 +215,4 @@ def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Repor
 
 def _plain(text: str) -> str:
     """A log line that cannot drive a terminal: without colours, other control characters as `?`."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    return harmless(re.sub(r"\x1b\[[0-9;]*m", "", text), "\n\t")

@@ -43,6 +43,13 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     return None
 
 
+def current(workspace: Path, spec: ImageSpec) -> Image | None:
+    """The image of `spec` when it is there and its lock fits; asks neither Nix nor a mirror."""
+    if stale(workspace, spec):
+        return None
+    return build.built(build.key(spec, lock_path(workspace).read_text()))
+
+
 def relock(
     workspace: Path, spec: ImageSpec, mirror: str | None, security: str | None, reporter: Reporter
 ) -> list[str]:
