@@ -1,91 +1,138 @@
-"""The least that a cold boot can take: QEMU with the same files and options, and ssh, with nothing around it."""
+"""The least that a start can take: QEMU with nixbox's files and options, and ssh, with nothing around it.
+
+Everything that can be is prepared beforehand (keys, disk): only the start and the first connection are timed.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from nixbox.guest.control import Go
+from nixbox.guest import ssh
+from nixbox.guest.control import Control, Go, How
 from nixbox.image import store
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import VmSpec
+from nixbox.machine.backend import MemoryFile, Sockets, VmSpec
+from nixbox.plan.model import Accelerator
+
+TIMEOUT_S = 240.0
+NAME = "bare"
 
 
-class BareGuest:
-    """Prepared beforehand (keys, disk): only the boot and the first connection are timed."""
+def spec(
+    work: Path,
+    image: Path,
+    *,
+    vcpus: int,
+    memory_mib: int,
+    accelerator: Accelerator,
+    memory: MemoryFile | None = None,
+) -> VmSpec:
+    """What nixbox would start for a machine of this image with the disk `work`/overlay; with `memory`: restore."""
+    return VmSpec(
+        name=NAME,
+        kernel=store.physical(image / "vmlinux"),
+        initrd=store.physical(image / "initrd"),
+        root=store.physical(image / "root.squashfs"),
+        overlay=work / "overlay",
+        console_log=work / "console",
+        vcpus=vcpus,
+        memory_mib=memory_mib,
+        accelerator=accelerator,
+        memory_file=memory,
+        incoming=memory is not None,
+    )
 
-    def __init__(self, work: Path, image: Path) -> None:
+
+class Bare:
+    """One QEMU of ours, its files in `work`; ended by `end`."""
+
+    def __init__(self, work: Path, user: str) -> None:
         self.work = work
-        self.spec = VmSpec(
-            name="bare",
-            kernel=store.physical(image / "vmlinux"),
-            initrd=store.physical(image / "initrd"),
-            root=store.physical(image / "root.squashfs"),
-            overlay=work / "overlay",
-            console_log=work / "console",
-            vcpus=2,
-            memory_mib=512,
-            accelerator="tcg",
-        )
-        with (work / "overlay").open("wb") as disk:
-            disk.truncate(2 << 30)
-        subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-F", str(work / "overlay")], check=True)
-        for name in ("host", "user"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(work / name)], check=True)
-        key = (work / "host.pub").read_text()
-        (work / "known").write_text(f"bare {key}")
+        self.user = user
+        self.sockets = Sockets.in_dir(work)
+        ssh.make_keys(work)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def first_command(self) -> None:
-        """Boot, give the guest its keys, and run `true` over SSH."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        control = socket.socket(socket.AF_UNIX)
-        control.bind(str(self.work / "ctl"))
-        control.listen()
-        monitor = socket.socket(socket.AF_UNIX)
-        monitor.bind(str(self.work / "qmp"))
-        monitor.listen()
-        argv = qemu_args.argv(self.spec, qemu_args.Fds(control.fileno(), monitor.fileno()), sandbox=True)
-        argv = [word.replace("127.0.0.1:0-:22", f"127.0.0.1:{port}-:22") for word in argv]
-        fds = (control.fileno(), monitor.fileno())
-        self.process = subprocess.Popen(argv, pass_fds=fds, stdin=subprocess.DEVNULL)
-        control.close()
-        monitor.close()
-        channel = socket.socket(socket.AF_UNIX)
-        channel.connect(str(self.work / "ctl"))
-        lines = channel.makefile("rb")
-        assert lines.readline().startswith(b"boot")
-        payload = self._go().pack()
-        channel.sendall(b"go %d\n" % len(payload) + payload)
-        assert lines.readline().startswith(b"ready")
-        options = ["-F", "none", "-i", str(self.work / "user"), "-p", str(port), "-o", "HostKeyAlias=bare"]
-        options += ["-o", f"UserKnownHostsFile={self.work / 'known'}", "-o", "LogLevel=ERROR"]
-        subprocess.run(["ssh", *options, "dev@127.0.0.1", "true"], check=True, stdin=subprocess.DEVNULL)
+    def start(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
+        """Start QEMU; its sockets accept at once."""
+        with ExitStack() as undo:
+            listeners = []
+            for path in (self.sockets.control, self.sockets.monitor, self.sockets.shell):
+                listener = undo.enter_context(socket.socket(socket.AF_UNIX))
+                listener.bind(str(path))
+                listener.listen()
+                listeners.append(listener.fileno())
+            argv = qemu_args.argv(spec, qemu_args.Fds(*listeners), sandbox=sys.platform == "linux")
+            self.process = subprocess.Popen(argv, pass_fds=(*listeners, *pass_fds), stdin=subprocess.DEVNULL)
 
-    def _go(self) -> Go:
+    def go(self, how: How, *, restored: bool, image: Path) -> Go:
+        """An identity like that of any machine, but for an environment and files."""
+        host_key = (self.work / "host_key").read_bytes()
         return Go(
-            hostname="bare",
-            user="dev",
-            image="bare",
+            how=how,
+            restored=restored,
+            hostname=NAME,
+            user=self.user,
+            image=str(image),
             grow=False,
             machine_id=os.urandom(16).hex(),
             time_s=int(time.time()),
             address=qemu_args.GUEST_ADDRESS,
             gateway=qemu_args.GUEST_GATEWAY,
             dns=qemu_args.GUEST_DNS,
-            host_key=(self.work / "host").read_bytes(),
-            authorized_key=(self.work / "user.pub").read_bytes(),
+            host_key=host_key,
+            dropbear_key=ssh.dropbear_key(host_key.decode()),
+            authorized_key=(self.work / "user_key.pub").read_bytes(),
             env={},
             files={},
         )
 
+    def by_dropbear(self, transport: socket.socket) -> None:
+        """`ssh … true` over the connected socket of the guest's serial port, with nixbox's own settings."""
+        endpoint = ssh.write_exec_config(self.work, NAME, self.user, self.work / "none")
+        self._true(endpoint, "-o", "ProxyCommand=-", stdio=transport.fileno())
+
+    def by_openssh(self, port: int) -> None:
+        """`ssh … true` as another program would call it, with the settings of `nixbox ssh-config`."""
+        self._true(ssh.write_config(self.work, NAME, self.user, port, self.work / "none"))
+
+    def _true(self, endpoint: ssh.Endpoint, *options: str, stdio: int = subprocess.DEVNULL) -> None:
+        """A connection of its own. `-n`: the command must not read standard input, which may be that connection."""
+        argv = endpoint.argv("-n", "-o", "ControlMaster=no", "-o", "ControlPath=none", *options)
+        subprocess.run([*argv, "true"], stdin=stdio, stdout=stdio, check=True)
+
     def end(self) -> None:
-        """End the QEMU that first_command started."""
+        """End QEMU, if it was started."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+
+class ColdGuest:
+    """A cold boot to the first command, with a disk that is ready."""
+
+    def __init__(self, work: Path, image: Path, *, vcpus: int, memory_mib: int, accelerator: Accelerator) -> None:
+        self.bare = Bare(work, "dev")
+        self.image = image
+        self.spec = spec(work, image, vcpus=vcpus, memory_mib=memory_mib, accelerator=accelerator)
+        with self.spec.overlay.open("wb") as disk:
+            disk.truncate(2 << 30)
+        subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-F", str(self.spec.overlay)], check=True)
+
+    def first_command(self) -> None:
+        """Boot, give the guest its keys, and run `true` over SSH."""
+        bare = self.bare
+        bare.start(self.spec)
+        with Control.connect(bare.sockets.control) as control:
+            control.expect("boot", TIMEOUT_S)
+            control.go(bare.go("boot", restored=False, image=self.image))
+            control.expect("ready", TIMEOUT_S)
+            with ssh.connected(bare.sockets.shell) as transport:
+                bare.by_dropbear(transport)

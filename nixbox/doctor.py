@@ -67,7 +67,7 @@ def _qemu() -> Iterator[Finding]:
     from nixbox.machine import qemu
 
     try:
-        yield Finding("ok", "qemu", f"version {qemu.version()}")
+        yield Finding("ok", "qemu", f"version {qemu.Qemu().version()}")
     except NixboxError as error:
         yield Finding("missing", "qemu", error.message, error.hint)
 

@@ -15,6 +15,7 @@ from nixbox.errors import ConfigError, HostError, NixboxError
 CONFIG_DIR = ".nixbox"
 CONFIG_FILE = "config.toml"
 LOCK_FILE = "nixbox.lock"
+SETTINGS_FILE = "settings.toml"
 
 
 def find_workspace(start: Path) -> Path:

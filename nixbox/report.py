@@ -55,6 +55,19 @@ class LineReporter(Reporter):
         print(f"  {line}", file=sys.stderr, flush=True)
 
 
+class NoteReporter(LineReporter):
+    """Only what the user should know: for a command whose own output is what counts."""
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def transfer(self, done: int, total: int, files: int, all_files: int) -> None:
+        """Nothing."""
+
+    def output(self, line: str) -> None:
+        """Nothing."""
+
+
 class LiveReporter(LineReporter):
     """One live line with the phase, a bar where there is something to count, and the time it took so far."""
 
@@ -109,6 +122,6 @@ class LiveReporter(LineReporter):
             self._progress = self._task = None
 
 
-def for_stderr() -> Reporter:
-    """The reporter that suits this process's stderr."""
-    return LiveReporter() if sys.stderr.isatty() else LineReporter()
+def for_stderr(*, quiet: bool = False) -> Reporter:
+    """The reporter that suits this stderr; `quiet` says only notes where a display could not be taken away."""
+    return LiveReporter() if sys.stderr.isatty() else NoteReporter() if quiet else LineReporter()

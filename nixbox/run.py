@@ -128,7 +128,7 @@ def run(
     try:
         done = subprocess.run(
             argv,
-            input=None if stdin is None else stdin.encode(),
+            input=None if stdin is None else stdin.encode(errors="surrogateescape"),
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             timeout=timeout_s,
@@ -181,28 +181,30 @@ def stream(
 
         return on_line
 
-    process = sh.Command(program)(
-        *argv[1:],
-        _bg=True,
-        _bg_exc=False,
-        _in=stdin,
-        _out=follow(kept_out, on_out),
-        _err=follow(kept_err, on_err),
-        _env=child_env(env),
-        _cwd=str(cwd) if cwd else None,
-        _tty_out=False,
-        _new_session=False,
-        _new_group=True,  # Ctrl-C reaches us alone; we end the whole group below
-        _encoding="utf-8",
-        _decode_errors="replace",
-    )
+    process = None
     code = 0
     try:
+        process = sh.Command(program)(
+            *argv[1:],
+            _bg=True,
+            _bg_exc=False,
+            _in=stdin,
+            _out=follow(kept_out, on_out),
+            _err=follow(kept_err, on_err),
+            _env=child_env(env),
+            _cwd=str(cwd) if cwd else None,
+            _tty_out=False,
+            _new_session=False,
+            _new_group=True,  # Ctrl-C reaches us alone; we end the whole group below
+            _encoding="utf-8",
+            _decode_errors="replace",
+        )
         process.wait()
     except sh.ErrorReturnCode as error:
         code = error.exit_code
     except BaseException:
-        _end_group(process.pid)
+        if process is not None:
+            _end_group(process.pid)
         raise
     if failures:
         raise failures[0]
@@ -227,17 +229,25 @@ def _end_group(pid: int) -> None:
 
 
 def spawn(
-    argv: Sequence[str], *, log: Path, pass_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    log: Path,
+    pass_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
+    stdio: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process that outlives this one: its own session, no standard input, output appended to `log`."""
+    """Start a process that outlives this one: its own session, no standard input, output appended to `log`.
+
+    With `stdio`, a descriptor, that is its standard input and output, and only what it says on stderr goes to `log`.
+    """
     argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(log, flags, 0o600)
     try:
         return subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
-            stdout=fd,
+            stdin=subprocess.DEVNULL if stdio is None else stdio,
+            stdout=fd if stdio is None else stdio,
             stderr=fd,
             start_new_session=True,
             pass_fds=pass_fds,

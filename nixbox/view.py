@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import TextIO
 
 from nixbox.errors import NixboxError
+from nixbox.machine import snapshot, usage
 from nixbox.machine.record import MachineDir
+from nixbox.machine.usage import Usage
 from nixbox.report import harmless
 
 
 @dataclass(frozen=True, slots=True)
 class MachineView:
-    """One machine as it is now. `state`: `running`, `starting`, `stopped`, or what stopped it (`io-error`)."""
+    """One machine as it is now.
+
+    `state`: `running`, `starting`, `stopped`, `suspended`, or what stopped it (`io-error`).
+
+    `memory` is what it takes of the host's, in bytes: resident, of which shared and own (None: not known). `how` says
+    how it came up (see session.Up), `snapshot` why a saved state of it could not be used.
+    """
 
     name: str
     state: str
@@ -33,6 +41,9 @@ class MachineView:
     created_at: int
     started_at: int | None
     setup_done: bool
+    how: str = ""
+    memory: Usage | None = None
+    snapshot: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
@@ -45,9 +56,14 @@ def machine_view(machine: MachineDir) -> MachineView:
 
     record = machine.load()
     alive = machine.alive()
+    kept = None
+    if not alive and machine.snapshot.exists():
+        kept = snapshot.read(machine.snapshot)
+    why = kept.invalidateReasons if kept is not None else ()
+    down = "suspended" if kept is not None and not why else "stopped"
     return MachineView(
         name=record.name,
-        state=_state(machine, record.ready) if alive else "stopped",
+        state=_state(machine, record.ready) if alive else down,
         workspace=str(machine.workspace),
         image=record.image,
         backend=record.backend,
@@ -62,6 +78,9 @@ def machine_view(machine: MachineDir) -> MachineView:
         created_at=record.created_at,
         started_at=record.started_at if alive else None,
         setup_done=record.setup is not None,
+        how=record.how if alive else "",
+        memory=usage.of(record.pid) if alive and record.pid is not None else None,
+        snapshot=why,
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from nixbox import paths
 from nixbox.config import schema
 from nixbox.config.names import default_name, is_name, shown
-from nixbox.config.schema import Accelerator, Base, Config, Fault, NetworkMode, Plugin, Profile
+from nixbox.config.schema import Config, Fault, Plugin, Profile
+from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, Settings
 from nixbox.errors import ConfigError
 
 DEFAULT = "default"
@@ -24,74 +25,7 @@ HIDDEN = "(hidden)"
 
 # A layer is one source's values by field path ("resources.vcpus"); lists and everything else are leaves.
 Layer: TypeAlias = Mapping[str, Any]
-M = TypeVar("M", Config, Profile, Plugin)
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """A host directory (as written: relative to the workspace, or with `~`) and its place in the guest."""
-
-    source: str
-    target: str
-    readonly: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class EnvEntry:
-    """A variable for the guest: a literal `value` or the host variable to take it from, never both."""
-
-    name: str
-    value: str | None = field(default=None, repr=False)  # a secret must not reach a log through repr()
-    from_host: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """What the command line says instead of the config; `memory` is text as in the config ("4GiB")."""
-
-    profile: str | None = None
-    vcpus: int | None = None
-    memory: str | None = None
-    env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    env_from_host: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The merged configuration. Sizes are MiB; `build` and `scripts` are (origin, shell script) pairs."""
-
-    name: str
-    base: Base
-    profile: str | None
-    plugins: tuple[str, ...]
-    packages: tuple[str, ...]  # for `base` only
-    build: tuple[tuple[str, str], ...]
-    build_network: bool
-    setup: str | None
-    vcpus: int
-    memory_mib: int
-    disk_mib: int
-    mounts: tuple[Mount, ...]
-    network_mode: NetworkMode
-    domains: tuple[str, ...]
-    ports: tuple[int, ...]
-    env: tuple[EnvEntry, ...]
-    scripts: tuple[tuple[str, str], ...]
-    hooks: Mapping[str, tuple[str, ...]]  # every event of schema.EVENTS is a key
-    debian_mirror: str | None
-    debian_security_mirror: str | None
-    suite: str
-    accelerator: Accelerator
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Settings, the origin of each leaf field ("packages[0]": "profile dev"), and the files read."""
-
-    workspace: Path
-    settings: Settings
-    origins: dict[str, str]
-    files: tuple[Path, ...]
+M = TypeVar("M", Config, Profile, Plugin, schema.UserSettings)
 
 
 def load(workspace: Path, overrides: Overrides | None = None) -> Loaded:
@@ -117,7 +51,19 @@ def load(workspace: Path, overrides: Overrides | None = None) -> Loaded:
     layers += [(f"profile {profile_name}", _layer(profile, reading.base))] if profile else []
     layers += [(USER, _layer(config, reading.base)), (COMMAND_LINE, _layer(command, reading.base))]
     values, origins = merge(layers)
-    return Loaded(workspace, _settings(values, origins), origins, tuple(reading.files))
+    return Loaded(workspace, _settings(values, origins), origins, tuple(reading.files), tuple(reading.absent))
+
+
+def user_settings(path: Path) -> schema.UserSettings:
+    """The user's settings.toml. Raises one ConfigError with every fault of it."""
+    reading = _Reading(Path(os.devnull))  # no workspace: the file is called by its whole path
+    data = reading.toml(path)
+    found = None if data is None else reading.check(schema.UserSettings, data, reading.label(path))
+    if found is None:
+        raise ConfigError(
+            f"{path} has a fault", '[templates] limit = "20GiB" is all that it may hold', reading.faults
+        )
+    return found
 
 
 def _error(faults: Iterable[str]) -> ConfigError:
@@ -137,6 +83,7 @@ class _Reading:
         self.workspace = workspace
         self.base: str = "debian"
         self.files: list[Path] = []
+        self.absent: list[Path] = []  # a file that appeared there would be read instead of another one
         self.faults: list[str] = []
         self.user_label = self.label(workspace / paths.CONFIG_DIR / paths.CONFIG_FILE)
 
@@ -205,7 +152,9 @@ class _Reading:
         if not isinstance(name, str) or not is_name(name):
             return None
         places = [self.workspace / paths.CONFIG_DIR / "profiles", paths.user_config_dir() / "profiles"]
-        path = next((p for place in places if (p := place / f"{name}.toml").is_file()), None)
+        candidates = [place / f"{name}.toml" for place in places]
+        path = next((p for p in candidates if p.is_file()), None)
+        self.absent += candidates[: candidates.index(path)] if path else []
         if path is None:
             known = sorted({p.stem for place in places for p in place.glob("*.toml")})
             close = schema.near(name, known, most=3)
@@ -311,7 +260,7 @@ def _layer(model: Config | Profile | Plugin, base: str, *, defaults: bool = Fals
 
 def _defaults(workspace: Path, config: Config) -> dict[str, Any]:
     layer = _layer(Config(), "debian", defaults=True)
-    layer |= {"name": default_name(workspace), "build": [], "build_network": False, "setup": None}
+    layer |= {"name": default_name(workspace), "build": [], "build_network": False, "setup": None, "setup_env": False}
     if "mounts" in config.model_fields_set:
         layer["mounts"] = []  # the user's own list replaces the default one: it could not be taken away else
     return layer
@@ -330,9 +279,11 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         build=with_origin("build"),
         build_network=values["build_network"],
         setup=values["setup"],
+        setup_env=values["setup_env"],
         vcpus=values["resources.vcpus"],
         memory_mib=values["resources.memory"],
         disk_mib=values["resources.disk"],
+        return_memory=values["resources.return_memory"],
         mounts=tuple(values["mounts"]),
         network_mode=values["network.mode"],
         domains=tuple(values["network.domains"]),
@@ -347,22 +298,7 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
     )
 
 
-# --- using and showing -----------------------------------------------------------------------------------
-
-
-def resolve_env(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """The guest's variables with their values; raises one ConfigError for all that the host lacks."""
-    missing = [e.from_host for e in settings.env if e.from_host is not None and e.from_host not in environ]
-    if missing:
-        names = list(dict.fromkeys(missing))
-        what = "the variable" if len(names) == 1 else "the variables"
-        export = "; ".join(f"export {name}=…" for name in names)
-        raise ConfigError(
-            f"the host's environment lacks {what} {', '.join(names)}, which the config hands to the guest",
-            hint=f"set what is missing ({export}) or take it out of [env]",
-            faults=[f"env: the host variable {name} is not set" for name in names],
-        )
-    return {e.name: environ[e.from_host] if e.from_host else e.value or "" for e in settings.env}
+# --- showing ---------------------------------------------------------------------------------------------
 
 
 def to_json(loaded: Loaded) -> dict[str, Any]:
@@ -382,11 +318,13 @@ def _tree(settings: Settings) -> dict[str, Any]:
         "build": [script for _, script in settings.build],
         "build_network": settings.build_network,
         "setup": settings.setup,
+        "setup_env": settings.setup_env,
         "scripts": [script for _, script in settings.scripts],
         "resources": {
             "vcpus": settings.vcpus,
             "memory": settings.memory_mib,
             "disk": settings.disk_mib,
+            "return_memory": settings.return_memory,
         },
         "mounts": [dataclasses.asdict(mount) for mount in settings.mounts],
         "network": {

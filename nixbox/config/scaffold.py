@@ -40,6 +40,8 @@ ${base}
 #memory = "${memory}"
 # The disk for everything that changes in the guest; sparse, so that only what is used takes space.
 #disk = "${disk}"
+# true: memory that the guest frees goes back to the host, and the machine shares none with others like it.
+#return_memory = ${return_memory}
 
 # Directories of this host that the guest sees. What is written here replaces the default below.
 #[[mounts]]
@@ -123,6 +125,7 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         name='#name = "my-machine"' if name is None else f"name = {json.dumps(name)}",
         base=f"{'#' if base == default.base else ''}base = {json.dumps(base)}",
         vcpus=default.resources.vcpus,
+        return_memory=str(default.resources.return_memory).lower(),
         memory=schema.format_size(default.resources.memory),
         disk=schema.format_size(default.resources.disk),
         mount_source=mount.source,

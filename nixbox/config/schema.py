@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from nixbox.config.names import name_fault, shown
+from nixbox.config.settings import TEMPLATE_LIMIT_MIB
 
 Base = Literal["debian", "nixpkgs"]
 NetworkMode = Literal["off", "filtered", "open"]
@@ -213,7 +214,7 @@ Suite = Annotated[str, _matching(r"[a-z][a-z0-9-]*", "a Debian suite such as `tr
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     # Fields that are unknown for a reason worth telling.
     refused: ClassVar[Mapping[str, str]] = {}
@@ -235,11 +236,15 @@ Packages = Annotated[
 
 
 class Resources(_Model):
-    """The machine's shape; memory and disk in MiB."""
+    """The machine's shape; memory and disk in MiB.
+
+    `return_memory`: memory that the guest frees goes back to the host, and the machine shares none with others.
+    """
 
     vcpus: Annotated[int, _between(1, 256)] = 2
     memory: Memory = 2048
     disk: Disk = 10240
+    return_memory: bool = False
 
 
 class MountTable(_Model):
@@ -322,7 +327,20 @@ class Profile(_Model):
     build: Script | None = None
     build_network: bool = False
     setup: Script | None = None
+    setup_env: bool = False
     disk: ProfileDisk | None = None
+
+
+class TemplateSettings(_Model):
+    """How much of the disk all templates together may take."""
+
+    limit: Size = TEMPLATE_LIMIT_MIB
+
+
+class UserSettings(_Model):
+    """`settings.toml` of the user's own configuration directory: what belongs to no workspace."""
+
+    templates: TemplateSettings = TemplateSettings()
 
 
 def _not_yet(what: str) -> str:

@@ -1,30 +1,29 @@
 """The control channel: a virtio-serial port that the guest's init speaks on, one short line a message.
 
-Guest: `boot 1`, `ready HASH|-`, `here`, `fail REASON`, `off`. Host: `go LENGTH` and that many bytes of a tar
-archive, `env LENGTH` and that many bytes (answered by `done`), `setup-done HASH`, `poweroff`, `ping` (answered by
-`pong`). See docs/decisions/003-control-channel.md.
+Guest: `boot 2`, `ready HASH|-`, `here`, `held`, `fail REASON`, `off`. Host: `go LENGTH LINES` and so many bytes
+of shell assignments (answered by `ready`), `hold` (answered by `held`), `env LENGTH` and that many bytes (answered by
+`done`), `sync` (likewise), `setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See
+docs/decisions/003-control-channel.md.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 import select
 import shlex
 import socket
-import tarfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from nixbox.errors import NixboxError, TimeoutExpired
 from nixbox.report import harmless
 
-PROTOCOL = "1"
+PROTOCOL = "2"
 _LINE_LIMIT = 4096
 
 
@@ -32,15 +31,24 @@ class GuestError(NixboxError):
     """The guest said that it cannot go on, or ended before it did what was waited for."""
 
 
+# From where a guest takes on an identity: its own boot, the hold of a template, a copy of a running guest, or its own
+# state of before.
+How = Literal["boot", "hold", "fork", "resume"]
+
+
 @dataclass(frozen=True, slots=True)
 class Go:
-    """All that is individual to a machine; none of it is in an image.
+    """All that is individual to a machine; none of it is in an image or a template.
 
-    `image` is the image's store path, `grow` says that the overlay disk is larger than its file system. `env` maps
-    names to values (any bytes but NUL, as surrogate-escaped text), `files` guest paths to contents
-    that are put in place where nothing is yet.
+    `how` says where the guest stands and `restored` whether it was saved before, so that its random numbers must be
+    renewed. `image` is the image's store path, `grow` says that the overlay disk is larger than its file system.
+    `host_key` is OpenSSH's private key file and `dropbear_key` the same in dropbear's format. `env` maps names to
+    values (any bytes but NUL, as surrogate-escaped text), `files` guest paths to contents that are put in place where
+    nothing is yet.
     """
 
+    how: How
+    restored: bool
     hostname: str
     user: str
     image: str
@@ -51,13 +59,20 @@ class Go:
     gateway: str
     dns: str
     host_key: bytes
+    dropbear_key: bytes
     authorized_key: bytes
     env: Mapping[str, str]
     files: Mapping[str, str]
 
     def pack(self) -> bytes:
-        """The tar archive that follows `go LENGTH`."""
+        """The shell text behind `go LENGTH LINES`: assignments, each value quoted, and the function `first_files`.
+
+        Text and not an archive: the guest takes it on with no program of its own started, which under software
+        emulation is most of the time that it would need.
+        """
         variables = {
+            "how": self.how,
+            "restored": "1" if self.restored else "0",
             "hostname": self.hostname,
             "user": self.user,
             "image": self.image,
@@ -67,23 +82,15 @@ class Go:
             "address": self.address,
             "gateway": self.gateway,
             "dns": self.dns,
+            "entropy": secrets.token_hex(32),
+            "host_key": self.host_key.decode().strip(),
+            "dropbear_key": "".join(f"\\0{byte:03o}" for byte in self.dropbear_key),  # for printf %b: it holds NULs
+            "authorized_key": self.authorized_key.decode().strip(),
+            "env": env_text(self.env),
         }
-        text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
-        members = [
-            ("vars", text.encode(), 0o600),
-            ("entropy", secrets.token_bytes(64), 0o600),
-            ("env", env_text(self.env).encode(errors="surrogateescape"), 0o600),
-            ("ssh/host_key", self.host_key, 0o600),
-            ("ssh/authorized_keys", self.authorized_key, 0o644),
-            *((f"files/{name.lstrip('/')}", body.encode(), 0o644) for name, body in self.files.items()),
-        ]
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, data, mode in members:
-                info = tarfile.TarInfo(name)
-                info.size, info.mode = len(data), mode
-                tar.addfile(info, io.BytesIO(data))
-        return buffer.getvalue()
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
+        files = [f"put {shlex.quote(name.lstrip('/'))} {shlex.quote(body)}\n" for name, body in self.files.items()]
+        return "".join((*lines, "first_files() {\n:\n", *files, "}\n")).encode(errors="surrogateescape")
 
 
 def env_text(env: Mapping[str, str]) -> str:
@@ -115,6 +122,10 @@ class Control:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; the guest goes on."""
         self._sock.close()
 
     def send(self, line: str, payload: bytes = b"") -> None:
@@ -163,6 +174,16 @@ class Control:
             if said != "here":
                 raise GuestError(f"the guest said `{printable(said)}` instead of `{word}`")
 
+    def setup_done(self, setup: str, timeout_s: float) -> None:
+        """Let the guest remember the hash of the setup that ran on its disk."""
+        self.send(f"setup-done {setup}")
+        self.expect("ready", timeout_s)
+
+    def sync(self, timeout_s: float) -> None:
+        """Let the guest write to its disk all that it holds in memory for it."""
+        self.send("sync")
+        self.expect("done", timeout_s)
+
     def push_env(self, env: Mapping[str, str], timeout_s: float) -> None:
         """Replace the environment of a running guest: new sessions see it."""
         data = env_text(env).encode(errors="surrogateescape")
@@ -174,7 +195,7 @@ class Control:
     def go(self, message: Go) -> None:
         """Send the machine's identity."""
         payload = message.pack()
-        self.send(f"go {len(payload)}", payload)
+        self.send(f"go {len(payload)} {payload.count(10)}", payload)
 
 
 def printable(text: str) -> str:

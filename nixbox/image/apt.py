@@ -15,10 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
-from nixbox.image.lock import LockedPackage, Repo
+
+if TYPE_CHECKING:
+    from nixbox.image.lock import LockedPackage, Repo
 
 KEYRINGS = (
     Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
@@ -267,6 +270,8 @@ class AptRoot:
         return self._packages(self._query(["apt-get", "download", "-qq", "--print-uris", *names]))
 
     def _packages(self, uris: str) -> list[LockedPackage]:
+        from nixbox.image.lock import LockedPackage  # pydantic, which whoever only wants a mirror need not load
+
         found = []
         for line in uris.splitlines():
             match = re.fullmatch(r"'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})", line.strip())

@@ -16,6 +16,9 @@ from nixbox.image.build import Image
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
 
+# Of the image's base set (resolve.BASE_REQUEST), what nix/guest cannot do without and older locks may lack.
+_GUEST_NEEDS = {"dropbear-bin", "openssh-server", "e2fsprogs"}
+
 
 def lock_path(workspace: Path) -> Path:
     """WORKSPACE/.nixbox/nixbox.lock."""
@@ -29,7 +32,7 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     """
     try:
         data = json.loads(lock_path(workspace).read_text())
-        suite, requested = data["suite"], sorted(data["requested"])
+        suite, requested, base = data["suite"], sorted(data["requested"]), set(data["base_requested"])
     except FileNotFoundError:
         return "there is no lock yet"
     except (ValueError, KeyError, TypeError):
@@ -40,6 +43,8 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     if requested != wanted:
         new, gone = sorted(set(wanted) - set(requested)), sorted(set(requested) - set(wanted))
         return "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names)
+    if not base >= _GUEST_NEEDS:
+        return "the lock was made by an older nixbox"
     return None
 
 

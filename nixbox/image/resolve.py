@@ -16,6 +16,7 @@ BASE_REQUEST = (
     "apt",
     "ca-certificates",
     "curl",
+    "dropbear-bin",  # for sessions that start at once (nix/guest/stage2)
     "e2fsprogs",  # its resize2fs grows the overlay disk (nix/guest/stage1)
     "iproute2",
     "less",

@@ -52,6 +52,14 @@ def private_root() -> Path | None:
     return (Path(data) if data.startswith("/") else Path.home() / ".local/share") / "nix/root"
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path of the store is in it."""
+    try:
+        return physical(path).exists()
+    except OSError:
+        return False
+
+
 def physical(path: Path) -> Path:
     """Where a file of the store really lies, symlinks followed: with a private store not where its name says.
 

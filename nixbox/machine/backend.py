@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,8 +20,21 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A file behind a guest's memory: `shared` writes to it, else pages are copied when they are written."""
+
+    path: Path
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True)
 class VmSpec:
-    """One virtual machine: files, shape, and where its channels are."""
+    """One virtual machine: files, shape, and what it begins with.
+
+    `memory_file` None: anonymous memory. `incoming`: it waits for the state of a saved VM instead of booting.
+    `bound`: it ends when the process that started it does. `return_memory`: what the guest frees goes back to the
+    host, which makes holes in a memory file.
+    """
 
     name: str
     kernel: Path
@@ -31,19 +45,24 @@ class VmSpec:
     vcpus: int
     memory_mib: int
     accelerator: Accelerator
+    memory_file: MemoryFile | None = None
+    incoming: bool = False
+    bound: bool = False
+    return_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Unix sockets of a running machine, in its runtime directory."""
+    """Unix sockets of a running machine, in its runtime directory; `shell` is that of nixbox's own SSH connection."""
 
     control: Path
     monitor: Path
+    shell: Path
 
     @classmethod
     def in_dir(cls, directory: Path) -> Sockets:
         """The names are short: a unix socket path holds 107 bytes (unix(7))."""
-        return cls(directory / "ctl", directory / "qmp")
+        return cls(directory / "ctl", directory / "qmp", directory / "ssh")
 
 
 class Backend(Protocol):
@@ -56,12 +75,36 @@ class Backend(Protocol):
         """Raise HostError when this host cannot run the backend: asked before anything is built."""
         ...
 
-    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path) -> int:
+    def version(self) -> str:
+        """The hypervisor's name and version: a saved VM is only ever restored by the same."""
+        ...
+
+    def shape(self, spec: VmSpec) -> list[str]:
+        """Everything of a VM that its saved state depends on, without what is a machine's own (names, paths)."""
+        ...
+
+    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path, pass_fds: Sequence[int] = ()) -> int:
         """Start a machine; returns its process id. The control socket accepts at once."""
         ...
 
-    def ssh_port(self, sockets: Sockets) -> int:
-        """The TCP port on the host's loopback that reaches the guest's sshd."""
+    def port(self, sockets: Sockets, guest_port: int) -> int:
+        """The TCP port on the host's loopback that reaches `guest_port`."""
+        ...
+
+    def pause(self, sockets: Sockets) -> None:
+        """Stop the guest's CPUs; what it has written is in its disk's file."""
+        ...
+
+    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
+        """The state of a paused VM: of its devices, and of its memory unless that is in a shared file already."""
+        ...
+
+    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
+        """Give a VM that was started with `incoming` its state; it stays paused."""
+        ...
+
+    def move(self, source: Sockets, target: Sockets) -> None:
+        """Copy a VM's whole state, memory included, into one started with `incoming`; both are paused then."""
         ...
 
     def status(self, sockets: Sockets) -> str:
@@ -69,7 +112,7 @@ class Backend(Protocol):
         ...
 
     def resume(self, sockets: Sockets) -> None:
-        """Let a machine that stopped on a full host disk go on."""
+        """Let a paused machine, or one that stopped on a full host disk, go on."""
         ...
 
     def quit(self, sockets: Sockets) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from nixbox import run
+from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import Features, Sockets, VmSpec
-from nixbox.machine.qmp import Qmp, QmpClosed
+from nixbox.machine.qmp import Qmp, QmpClosed, QmpTimeout
 
+_PROGRAM = "qemu-system-x86_64"
 _QMP_TIMEOUT_S = 10.0
+_LIVE_TIMEOUT_S = 10.0
+_SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
 
 
 def _listen(path: Path) -> socket.socket:
@@ -35,7 +41,7 @@ class Qemu:
     """Backend `qemu`: runs anywhere QEMU does, with KVM, Apple's hypervisor or software emulation."""
 
     name = "qemu"
-    features = Features(restore=False, hot_plug=False, user_network=True)
+    features = Features(restore=True, hot_plug=False, user_network=True)
 
     def check_host(self) -> None:
         """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
@@ -44,47 +50,159 @@ class Qemu:
                 f"this version runs machines on x86_64 hosts only, not on {platform.machine()}",
                 hint="images for aarch64 can be locked and built already",
             )
-        for program in ("qemu-system-x86_64", "mke2fs", "ssh", "ssh-keygen"):
+        for program in (_PROGRAM, "mke2fs", "ssh", "ssh-keygen"):
             run.tool(program)
 
-    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path) -> int:
-        """Start QEMU with the listening sockets and the machine's lock as inherited descriptors."""
-        with _listen(sockets.control) as control, _listen(sockets.monitor) as monitor:
-            fds = qemu_args.Fds(control.fileno(), monitor.fileno())
-            argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
-            return run.spawn(argv, log=log, pass_fds=(control.fileno(), monitor.fileno(), lock_fd)).pid
+    def version(self) -> str:
+        """`QEMU emulator version …`, as the program says it; asked once for each program file."""
+        program = Path(run.tool(_PROGRAM)).resolve()
+        info = program.stat()
+        ident = f"{program} {info.st_dev}:{info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
+        kept = paths.cache_dir() / "qemu-version"
+        try:
+            known, _, text = kept.read_text().partition("\n")
+            if known == ident and text:
+                return text
+        except OSError:
+            pass
+        text = run.run([str(program), "--version"], timeout_s=20).stdout.partition("\n")[0].strip()
+        paths.private_dir(kept.parent)
+        paths.write_atomic(kept, f"{ident}\n{text}")
+        return text
 
-    def ssh_port(self, sockets: Sockets) -> int:
+    def shape(self, spec: VmSpec) -> list[str]:
+        """QEMU's command line without what is one machine's own."""
+        return qemu_args.shape(spec)
+
+    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path, pass_fds: Sequence[int] = ()) -> int:
+        """Start QEMU with the listening sockets and the machine's lock as inherited descriptors."""
+        with (
+            _listen(sockets.control) as control,
+            _listen(sockets.monitor) as monitor,
+            _listen(sockets.shell) as shell,
+        ):
+            fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno())
+            argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
+            if spec.bound and sys.platform == "linux":
+                argv = ["setpriv", "--pdeathsig", "KILL", run.tool(argv[0]), *argv[1:]]
+            return run.spawn(argv, log=log, pass_fds=(fds.control, fds.monitor, fds.shell, lock_fd, *pass_fds)).pid
+
+    def port(self, sockets: Sockets, guest_port: int) -> int:
         """Read QEMU's own table of forwarded ports (`info usernet`)."""
-        with Qmp.connect(sockets.monitor, _QMP_TIMEOUT_S) as qmp:
+        with self._monitor(sockets) as qmp:
             table = qmp.execute("human-monitor-command", {"command-line": "info usernet"})
         # "  TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0"
-        found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+22\s", table)
+        found = re.search(rf"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{guest_port}\s", table)
         if found is None:
-            raise NixboxError(f"QEMU forwards no port to the guest's sshd:\n{table}")
+            raise NixboxError(f"QEMU forwards no port to the guest's port {guest_port}:\n{table}")
         return int(found[1])
+
+    def pause(self, sockets: Sockets) -> None:
+        """`stop`: also drains the disks and flushes them."""
+        with self._monitor(sockets) as qmp:
+            qmp.execute("stop")
+
+    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
+        """`migrate` into a pipe. With the memory in a shared file (x-ignore-shared) some 200 kB, else all of it."""
+        with self._monitor(sockets) as qmp:
+            reading = _outgoing(qmp, memory_is_file)
+            with os.fdopen(reading, "rb") as pipe:
+                state = pipe.read()  # QEMU closes its end when it is done, or has failed, or is gone
+            _finished(qmp)
+        return state
+
+    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
+        """`migrate-incoming` from a pipe."""
+        with self._monitor(sockets) as qmp:
+            writing = _incoming(qmp, memory_is_file)
+            with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb") as pipe:
+                pipe.write(state)
+            _finished(qmp)
+
+    def move(self, source: Sockets, target: Sockets) -> None:
+        """`migrate` of one QEMU into another, through a pipe between them.
+
+        A guest that runs goes on until next to nothing is left to copy; one that writes faster than that is stopped.
+        """
+        with self._monitor(source) as giver, self._monitor(target) as taker:
+            reading, writing = os.pipe()
+            try:
+                _migrate(taker, "migrate-incoming", reading, memory_is_file=False)
+                _migrate(giver, "migrate", writing, memory_is_file=False)
+            finally:
+                os.close(reading)
+                os.close(writing)
+            try:
+                _finished(giver, _LIVE_TIMEOUT_S)
+            except QmpTimeout:
+                giver.execute("stop")
+                _finished(giver)
+            _finished(taker)
 
     def status(self, sockets: Sockets) -> str:
         """QEMU's RunState (qapi/run-state.json)."""
-        with Qmp.connect(sockets.monitor, _QMP_TIMEOUT_S) as qmp:
+        with self._monitor(sockets) as qmp:
             return str(qmp.execute("query-status")["status"])
 
     def resume(self, sockets: Sockets) -> None:
-        """`cont`: the write that failed for lack of space is tried again."""
-        with Qmp.connect(sockets.monitor, _QMP_TIMEOUT_S) as qmp:
+        """`cont`: a write that failed for lack of space is tried again."""
+        with self._monitor(sockets) as qmp:
             qmp.execute("cont")
 
     def quit(self, sockets: Sockets) -> None:
         """`quit`; a QEMU that closes the socket before it answers has done so too."""
         try:
-            with Qmp.connect(sockets.monitor, _QMP_TIMEOUT_S) as qmp:
+            with self._monitor(sockets) as qmp:
                 qmp.execute("quit")
         except QmpClosed:
             return
 
+    def _monitor(self, sockets: Sockets) -> Qmp:
+        return Qmp.connect(sockets.monitor, _QMP_TIMEOUT_S)
 
-def version() -> str:
-    """QEMU's version, e.g. `7.2.22`."""
-    text = run.run(["qemu-system-x86_64", "--version"], timeout_s=20).stdout
-    found = re.search(r"version (\S+)", text)
-    return found[1] if found else "unknown"
+
+def _migrate(qmp: Qmp, command: str, fd: int, *, memory_is_file: bool) -> None:
+    """Begin a migration over a descriptor: a sandboxed QEMU can start no program to pump the bytes for it."""
+    capabilities = {"x-ignore-shared": memory_is_file, "events": True}
+    listed = [{"capability": name, "state": state} for name, state in capabilities.items()]
+    qmp.execute("migrate-set-capabilities", {"capabilities": listed})
+    # The default bound is meant for a network: 128 MiB/s.
+    qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+    qmp.execute("getfd", {"fdname": "state"}, fds=[fd])
+    qmp.execute(command, {"uri": "fd:state"})
+
+
+def _outgoing(qmp: Qmp, memory_is_file: bool) -> int:
+    reading, writing = os.pipe()
+    try:
+        _migrate(qmp, "migrate", writing, memory_is_file=memory_is_file)
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return reading
+
+
+def _incoming(qmp: Qmp, memory_is_file: bool) -> int:
+    reading, writing = os.pipe()
+    try:
+        _migrate(qmp, "migrate-incoming", reading, memory_is_file=memory_is_file)
+    except BaseException:
+        os.close(writing)
+        raise
+    finally:
+        os.close(reading)
+    return writing
+
+
+def _finished(qmp: Qmp, timeout_s: float = _SAVE_TIMEOUT_S) -> None:
+    """Wait for the end of a migration. Raises NixboxError when it failed."""
+    done = qmp.wait_event(
+        "MIGRATION",
+        timeout_s=timeout_s,
+        where=lambda event: event.data.get("status") in ("completed", "failed"),
+    )
+    if done.data["status"] == "failed":
+        why = qmp.execute("query-migrate").get("error-desc", "it does not say why")
+        raise NixboxError(f"QEMU could not save or restore the machine: {why}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nixbox.machine.backend import VmSpec
+
+SSH_PORT = 22  # in the guest, for whatever wants to connect; nixbox's own sessions take a serial port
 
 # The guest side of QEMU's user network (docs/system/devices/net.rst): the same in every machine.
 GUEST_ADDRESS = "10.0.2.15/24"
@@ -33,6 +35,7 @@ class Fds:
 
     control: int
     monitor: int
+    shell: int
 
 
 def _escape(path: Path) -> str:
@@ -71,6 +74,16 @@ def _accelerator(spec: VmSpec) -> list[str]:
     return ["-accel", spec.accelerator, "-cpu", "host"]
 
 
+def _memory(spec: VmSpec) -> list[str]:
+    # Never merged with other guests' pages by the host's KSM (a side channel), never in a core dump of QEMU.
+    common = f"id=mem,size={spec.memory_mib}M,merge=off,dump=off"
+    if spec.memory_file is None:
+        return ["-object", f"memory-backend-ram,{common}"]
+    share = "on" if spec.memory_file.shared else "off"
+    path = _escape(spec.memory_file.path)
+    return ["-object", f"memory-backend-file,{common},mem-path={path},share={share}"]
+
+
 def kernel_args(spec: VmSpec) -> str:
     """The guest kernel's command line. Nothing secret and nothing individual is ever on it."""
     extra = TCG_KERNEL_ARGS if spec.accelerator == "tcg" else ()
@@ -84,10 +97,11 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *("-name", f"nixbox-{spec.name}"),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
-        *("-M", "q35,usb=off,vmport=off,smm=off,hpet=off"),
+        *("-M", "q35,usb=off,vmport=off,smm=off,hpet=off,memory-backend=mem"),
         *_accelerator(spec),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
+        *_memory(spec),
         *("-kernel", str(spec.kernel)),
         *("-initrd", str(spec.initrd)),
         *("-append", kernel_args(spec)),
@@ -98,14 +112,38 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *("-device", "virtio-serial-pci,romfile="),
         *("-chardev", f"socket,id=control,fd={fds.control},server=on,wait=off"),
         *("-device", "virtserialport,chardev=control,name=nixbox.control"),
+        *("-chardev", f"socket,id=shell,fd={fds.shell},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=shell,name=nixbox.shell"),
         *_disk("root", spec.root, readonly=True),
         *_disk("overlay", spec.overlay, readonly=False),
         # Port 0: the kernel picks a free one and the monitor tells which; no race for a port.
-        *("-netdev", "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-:22"),
+        *("-netdev", f"user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-:{SSH_PORT}"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-object", "rng-builtin,id=rng"),
         *("-device", "virtio-rng-pci,rng=rng"),
+        # Another number at every start: a guest that was saved renews its random numbers (docs/specs/vmgenid.rst).
+        *("-device", "vmgenid,guid=auto"),
     ]
+    if spec.return_memory:
+        # The guest tells which pages are free, and QEMU takes them out of its memory: out of the file, too, if there
+        # is one, privately mapped or not. So never with a file that is shared with others.
+        command += ["-device", "virtio-balloon-pci,free-page-reporting=on,romfile="]
+    if spec.incoming:
+        command += ["-S", "-incoming", "defer"]
     if sandbox:
+        # It cannot start a process: saved states go through descriptors that we pass it.
         command += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     return command
+
+
+def shape(spec: VmSpec) -> list[str]:
+    """The command line with every name and path of one machine taken out: what a saved state depends on."""
+    nothing = replace(
+        spec,
+        name="",
+        overlay=Path("overlay"),
+        console_log=Path("console"),
+        memory_file=None,
+        incoming=False,
+    )
+    return argv(nothing, Fds(-1, -1, -1), sandbox=False)

@@ -29,9 +29,11 @@ FORMAT = 1
 class Record:
     """`machine.json`: what a machine is made of and how it was last started.
 
-    `image` is a store path; `created_at` and `started_at` are seconds since the epoch; `ready` says that the
-    last start came to its end; `ssh_port`, `pid` and `started_at` are those of the last start; `setup` is the
-    hash of the setup that ran (None: none yet); `workspace` is where the machine was last started.
+    `image` is a store path; `created_at` and `started_at` are seconds since the epoch; `ready` says that the last
+    start came to its end; `ssh_port`, `pid` and `started_at` are those of the last start; `setup` is the hash of the
+    setup that ran (None: none yet); `workspace` is where the machine was last started; `how` says how that went (see
+    session.Up); `ephemeral` machines end with the command that they were made for; `env_hash` is that of the
+    environment which the guest was given (see snapshot.env_hash); `return_memory` is the config's.
     """
 
     name: str
@@ -50,16 +52,20 @@ class Record:
     started_at: int | None = None
     setup: str | None = None
     workspace: str = ""
+    how: str = ""
+    ephemeral: bool = False
+    env_hash: str = ""
+    return_memory: bool = False
     format: int = FORMAT
 
 
 class MachineDir:
-    """The files of one machine: WORKSPACE/.nixbox/machines/NAME."""
+    """The files of one machine: WORKSPACE/.nixbox/machines/NAME, or `path`."""
 
-    def __init__(self, workspace: Path, name: str) -> None:
+    def __init__(self, workspace: Path, name: str, path: Path | None = None) -> None:
         self.workspace = workspace
         self.name = name
-        self.path = workspace / paths.CONFIG_DIR / "machines" / name
+        self.path = path or workspace / paths.CONFIG_DIR / "machines" / name
         self.record_file = self.path / "machine.json"
         self.overlay = self.path / "overlay.img"
         self.image_root = self.path / "image"
@@ -69,6 +75,8 @@ class MachineDir:
         self.setup_log = self.logs / "setup.log"
         self.vm_log = self.logs / "vm.log"
         self.run_link = self.path / "run"
+        self.snapshot = self.path / "snapshot"
+        self.paused = self.path / "paused"
 
     @property
     def runtime(self) -> Path:
@@ -76,7 +84,7 @@ class MachineDir:
         try:
             return self.run_link.readlink()
         except OSError:
-            return paths.runtime_dir(self.workspace, self.name)
+            return paths.runtime_dir(self.path.parent, self.name)
 
     @property
     def sockets(self) -> Sockets:
@@ -84,9 +92,9 @@ class MachineDir:
         return Sockets.in_dir(self.runtime)
 
     @property
-    def ssh_control(self) -> Path:
-        """The socket of the shared SSH connection."""
-        return self.runtime / "ssh"
+    def ssh_sockets(self) -> tuple[Path, Path]:
+        """The sockets of the shared SSH connections: OpenSSH's, and nixbox's own."""
+        return self.runtime / "mux", self.runtime / "x"
 
     def exists(self) -> bool:
         """Whether `nixbox up` has made this machine (its record is the last thing it writes)."""
@@ -192,6 +200,20 @@ class MachineDir:
             finally:
                 os.close(fd)
 
+    def is_busy(self) -> bool:
+        """Whether a command is changing the machine now."""
+        try:
+            fd = os.open(self.path / "busy", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def _is_busy_file(self, fd: int) -> bool:
         try:
             return os.path.samestat(os.fstat(fd), (self.path / "busy").stat())
@@ -201,6 +223,7 @@ class MachineDir:
     def remove(self) -> None:
         """Remove every file of the machine."""
         shutil.rmtree(self.runtime, ignore_errors=True)
+        shutil.rmtree(paths.runtime_dir(self.path, self.name), ignore_errors=True)  # of a copy that was cut off
         # The record goes first: what is left of an interrupted removal is no machine any more.
         self.record_file.unlink(missing_ok=True)
         shutil.rmtree(self.path)
@@ -208,6 +231,7 @@ class MachineDir:
     def clean_runtime(self) -> None:
         """Remove the sockets of a VM that is gone."""
         shutil.rmtree(self.runtime, ignore_errors=True)
+        self.paused.unlink(missing_ok=True)
 
     def holders(self) -> list[int]:
         """The processes that have the liveness lock's file open (Linux: /proc), without this one."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nixbox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nixbox.config.load import Loaded
+    from nixbox.config.settings import Loaded
 
 
 def check(loaded: Loaded) -> None:

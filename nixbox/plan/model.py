@@ -35,8 +35,10 @@ class MachineSpec:
     vcpus: int
     memory_mib: int
     disk_mib: int
+    return_memory: bool
     accelerator: Literal["auto", "kvm", "hvf", "tcg"]
     setup: str | None
+    setup_env: bool
     scripts: tuple[Script, ...]
     env_names: tuple[str, ...]
 

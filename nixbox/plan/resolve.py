@@ -8,7 +8,7 @@ from nixbox.plan import checks
 from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Script
 
 if TYPE_CHECKING:
-    from nixbox.config.load import Loaded
+    from nixbox.config.settings import Loaded
 
 
 def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
@@ -27,8 +27,10 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         vcpus=settings.vcpus,
         memory_mib=settings.memory_mib,
         disk_mib=settings.disk_mib,
+        return_memory=settings.return_memory,
         accelerator=settings.accelerator,
         setup=settings.setup,
+        setup_env=settings.setup_env,
         scripts=tuple(Script(origin, text) for origin, text in settings.scripts),
         env_names=tuple(entry.name for entry in settings.env),
     )

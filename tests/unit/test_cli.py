@@ -18,6 +18,7 @@ import nixbox
 from nixbox import cli, paths
 from nixbox.image import build, ensure, lock, resolve, store
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
+from nixbox.machine import template
 from nixbox.plan.model import ImageSpec
 
 HANG_S = 60.0
@@ -103,12 +104,16 @@ def test_help_lists_every_command(call: Call, option: str) -> None:
     words = {line.split()[0] for line in said.out.splitlines() if line.startswith("  ") and line.strip()}
     assert words >= {
         *("init", "up", "down", "shell", "run", "status", "list", "logs", "rm", "lock", "build", "config"),
-        *("ssh-config", "doctor", "version", "image"),
+        *("ssh-config", "doctor", "version", "image", "template", "suspend", "fork"),
     }
 
 
 @pytest.mark.parametrize(
-    "args", [["upp"], ["up", "--zzz"], ["up", "a", "b"], ["up", "--cpus", "many"], ["run"], ["image", "zzz"]]
+    "args",
+    [
+        *(["upp"], ["up", "--zzz"], ["up", "a", "b"], ["up", "--cpus", "many"], ["run"], ["image", "zzz"]),
+        *(["template", "zzz"], ["template", "rm"], ["fork", "-n", "0"], ["fork", "-n", "1001"], ["fork", "-n", "x"]),
+    ],
 )
 def test_bad_usage_is_2(call: Call, workspace: Path, args: list[str]) -> None:
     said = call(*args)
@@ -117,7 +122,21 @@ def test_bad_usage_is_2(call: Call, workspace: Path, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["up"], ["down"], ["status"], ["list"], ["config"], ["build"], ["lock"], ["rm"], ["logs"], ["shell"]]
+    "args",
+    [
+        ["up"],
+        ["down"],
+        ["status"],
+        ["list"],
+        ["config"],
+        ["build"],
+        ["lock"],
+        ["rm"],
+        ["logs"],
+        ["shell"],
+        ["suspend"],
+        ["fork"],
+    ],
 )
 def test_no_workspace_is_2(call: Call, args: list[str]) -> None:
     said = call(*args)
@@ -165,7 +184,7 @@ def test_what_cannot_be_served_yet_is_refused(call: Call, workspace: Path, text:
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", LONG, ".", "-a", "a b", "a\n", "é"])
-@pytest.mark.parametrize("command", ["up", "status", "rm", "run", "down", "logs", "shell"])
+@pytest.mark.parametrize("command", ["up", "status", "rm", "run", "down", "logs", "shell", "suspend", "fork"])
 def test_bad_names(call: Call, workspace: Path, command: str, name: str) -> None:
     before = files(workspace)
     said = call("run", "-m", name, "--", "true") if command == "run" else call(command, "--", name)
@@ -216,7 +235,17 @@ def test_a_missing_host_variable(call: Call, workspace: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "args", [["status"], ["status", "other"], ["logs"], ["shell"], ["rm"], ["rm", "other", "--yes"], ["ssh-config"]]
+    "args",
+    [
+        ["status"],
+        ["status", "other"],
+        ["logs"],
+        ["shell"],
+        ["rm"],
+        ["rm", "other", "--yes"],
+        ["ssh-config"],
+        ["suspend"],
+    ],
 )
 def test_no_machine_is_4(call: Call, workspace: Path, args: list[str]) -> None:
     said = call(*args)
@@ -241,6 +270,75 @@ def test_lists_of_nothing(call: Call, workspace: Path) -> None:
 
 def test_two_logs_at_once(call: Call, workspace: Path) -> None:
     assert call("logs", "--console", "--setup").code == 2
+
+
+# --- templates -------------------------------------------------------------------------------------------
+
+
+def make_template(image: Path, vcpus: int, used: int) -> str:
+    """One that holds next to nothing; returns its name."""
+    devices = ("-m", "8M")
+    key = template.Key("boot", str(image), "qemu", "QEMU 7.2", "tcg", "emulated", vcpus, 8, devices)
+
+    def unexpected() -> None:
+        raise AssertionError
+
+    with template.making(key, unexpected) as work:
+        out = work / "out"
+        out.mkdir()
+        (out / "memory").write_bytes(b"x" * 100_000)
+        (out / "state").touch()
+        template.publish(out, key)
+    os.utime(template.directory() / key.ident / "used", (used, used))
+    return key.ident
+
+
+def test_templates_are_listed_and_removed(call: Call, place: Path) -> None:
+    said = call("template", "list")
+    assert (said.code, said.out) == (0, "")
+    assert "no templates yet" in said.err
+    assert call("template", "list", "--json") == Said(0, "[]\n", "")
+    old, new = make_template(place, 2, 1000), make_template(place, 4, 2000)
+    assert [info["ident"] for info in json.loads(call("template", "list", "--json").out)] == [new, old]
+    lines = call("template", "list").out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [new[:12], old[:12]]
+    assert call("template", "rm", "nothing").code == 1
+    assert call("template", "rm", old[:12], old).err == "removed 1\n"
+    assert [info["ident"] for info in json.loads(call("template", "list", "--json").out)] == [new]
+
+
+def test_template_gc_removes_what_is_of_no_use(call: Call, place: Path) -> None:
+    image = place / "image"
+    image.touch()
+    kept, damaged, gone = (
+        make_template(image, 1, 1000),
+        make_template(image, 2, 2000),
+        make_template(place / "x", 3, 3),
+    )
+    (template.directory() / damaged / "memory").write_bytes(b"")
+    said = call("template", "gc", "--dry-run")
+    assert {line.split()[0] for line in said.out.splitlines()} == {damaged[:12], gone[:12]}
+    assert len(template.every()) == 3
+    assert call("template", "gc").out == said.out
+    assert [info.ident for info in template.every()] == [kept]
+    assert call("template", "gc") == Said(0, "", "nothing to remove\n")
+    assert call("template", "gc", "--all").code == 0
+    assert template.every() == []
+
+
+def test_template_gc_keeps_to_the_limit(call: Call, place: Path) -> None:
+    old, new = make_template(place, 2, 1000), make_template(place, 4, 2000)
+    settings = paths.user_config_dir() / "settings.toml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('templates.limit = "1MiB"')
+    assert call("template", "gc").out == ""
+    (template.directory() / new / "more").write_bytes(b"x" * 850_000)
+    assert call("template", "gc").out.startswith(old[:12])
+    assert [info.ident for info in template.every()] == [new]
+    settings.write_text("templates.limit = 0")
+    said = call("template", "gc")
+    assert (said.code, said.out) == (2, "")
+    assert f"{settings}: templates.limit: 0MiB is too little" in said.err
 
 
 # --- init and config -------------------------------------------------------------------------------------

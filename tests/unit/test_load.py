@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from nixbox import paths
 from nixbox.config import load as loading
-from nixbox.config.load import EnvEntry, Loaded, Mount, Overrides, flatten, load, merge
+from nixbox.config.cache import template_limit_bytes
+from nixbox.config.load import flatten, load, merge
 from nixbox.config.names import default_name
+from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, resolve_env
 from nixbox.errors import ConfigError
 
 
@@ -57,6 +59,7 @@ def test_an_empty_config_gives_the_defaults(ws: Workspace) -> None:
     s = loaded.settings
     assert (s.name, s.base, s.profile, s.plugins, s.packages) == ("my-ws", "debian", None, (), ())
     assert (s.vcpus, s.memory_mib, s.disk_mib, s.build_network) == (2, 2048, 10240, False)
+    assert (s.setup, s.setup_env) == (None, False)
     assert s.mounts == (Mount(".", "~/workspace", False),)
     assert (s.network_mode, s.suite, s.accelerator, s.debian_mirror) == ("open", "trixie", "auto", None)
     assert s.hooks == {"pre-up": (), "post-up": (), "pre-down": (), "post-down": ()}
@@ -170,6 +173,15 @@ def test_the_command_lines_profile_wins(ws: Workspace) -> None:
     loaded = ws.load('profile = "a"', Overrides(profile="b"))
     assert (loaded.settings.profile, loaded.settings.setup) == ("b", "b")
     assert (loaded.origins["profile"], loaded.origins["setup"]) == ("command line", "profile b")
+
+
+def test_a_profiles_setup_may_ask_for_the_environment(ws: Workspace) -> None:
+    ws.write("my ws/.nixbox/profiles/dev.toml", 'setup = "x"\nsetup_env = true')
+    loaded = ws.load('profile = "dev"')
+    assert loaded.settings.setup_env
+    assert loaded.origins["setup_env"] == "profile dev"
+    assert loading.to_json(loaded)["settings"]["setup_env"] is True
+    assert ws.faults("setup_env = true")[0].startswith(".nixbox/config.toml: setup_env: unknown field")
 
 
 def test_the_workspaces_profile_comes_before_the_users(ws: Workspace) -> None:
@@ -296,6 +308,49 @@ def test_one_fault_is_the_message(ws: Workspace) -> None:
         ws.load("x = 1\ny = 2")
 
 
+# --- what belongs to no workspace ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        (None, 20 << 30),
+        ("", 20 << 30),
+        ("[templates]\n", 20 << 30),
+        ('templates.limit = "5GiB"', 5 << 30),
+        ('[templates]\nlimit = "512M"', 512 << 20),
+        ("[templates]\nlimit = 1", 1 << 20),
+    ],
+)
+def test_how_much_templates_may_take(ws: Workspace, text: str | None, limit: int) -> None:
+    if text is not None:
+        ws.write("xdg/nixbox/settings.toml", text)
+    assert template_limit_bytes() == limit
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("x = 1", ["x: unknown field"]),
+        ('templates.limti = "1GiB"', ["templates.limti: unknown field (did you mean `limit`?)"]),
+        ('templates.limit = "lots"', ["templates.limit: `lots` is not a size: write"]),
+        ("templates.limit = 0", ["templates.limit: 0MiB is too little"]),
+        ("templates.limit = 1.5\nx = 1", ["templates.limit: must be a size: write", "x: unknown field"]),
+        ("templates = 1", ["templates: must be a table"]),
+        ("templates =", ["line 1, column 12: "]),
+        (b"\xff", ["line 1: is not valid UTF-8 text"]),
+    ],
+)
+def test_every_fault_of_the_users_settings(ws: Workspace, text: str | bytes, faults: list[str]) -> None:
+    path = ws.write("xdg/nixbox/settings.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        template_limit_bytes()
+    assert len(caught.value.faults) == len(faults)
+    for found, start in zip(sorted(caught.value.faults), faults, strict=True):
+        assert found.startswith(f"{path}: {start}")
+    assert f"{path} has " in caught.value.message
+
+
 # --- variables -------------------------------------------------------------------------------------------
 
 
@@ -304,14 +359,14 @@ def test_variables_are_resolved_byte_for_byte(ws: Workspace) -> None:
     loaded = ws.load(
         f"env = {{ A = {json.dumps(nasty, ensure_ascii=False)}, E = '', B = {{ from_host = 'HOST_B' }} }}"
     )
-    resolved = loading.resolve_env(loaded.settings, {"HOST_B": nasty, "OTHER": "x"})
+    resolved = resolve_env(loaded.settings, {"HOST_B": nasty, "OTHER": "x"})
     assert resolved == {"A": nasty, "E": "", "B": nasty}
 
 
 def test_all_missing_host_variables_are_named_at_once(ws: Workspace) -> None:
     loaded = ws.load("env = { A = {from_host='X'}, B = {from_host='Y'}, C = {from_host='X'}, D = {from_host='Z'} }")
     with pytest.raises(ConfigError) as caught:
-        loading.resolve_env(loaded.settings, {"Z": ""})
+        resolve_env(loaded.settings, {"Z": ""})
     assert "lacks the variables X, Y," in caught.value.message
     assert "export X=…; export Y=…" in (caught.value.hint or "")
     assert len(caught.value.faults) == 2

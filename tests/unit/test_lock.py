@@ -249,7 +249,21 @@ def test_other_packages(tmp_path: Path) -> None:
     assert found == "new: ash, zsh; gone: tree, vim"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", '{"suite": "sid"}', '{"suite": "sid", "requested": 1}'])
+@pytest.mark.parametrize("package_", ["dropbear-bin", "openssh-server", "e2fsprogs"])
+def test_a_lock_without_what_the_guest_needs(tmp_path: Path, package_: str) -> None:
+    base = tuple(name for name in resolve.BASE_REQUEST if name != package_)
+    assert len(base) == len(resolve.BASE_REQUEST) - 1
+    assert stale(tmp_path, a_lock(base_requested=base), spec("jq")) == "the lock was made by an older nixbox"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "1", "null", '{"suite": "sid"}', '{"suite": "sid", "requested": 1}'),
+        '{"suite": "trixie", "requested": ["jq"]}',
+        *(f'{{"suite": "trixie", "requested": ["jq"], "base_requested": {base}}}' for base in ("1", "null", "[[]]")),
+    ],
+)
 def test_a_damaged_lock_is_for_its_user_to_name(tmp_path: Path, text: str) -> None:
     assert stale(tmp_path, text, spec("jq")) is None  # `lock.load` names every field when it is used
     with pytest.raises(ConfigError):

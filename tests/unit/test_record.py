@@ -116,6 +116,20 @@ DAMAGED = {
 }
 
 
+def test_a_record_of_an_older_nixbox_is_read(machine: MachineDir) -> None:
+    data = dataclasses.asdict(RECORD)
+    for name in ("workspace", "how", "ephemeral"):
+        del data[name]
+    machine.record_file.write_text(json.dumps(data))
+    assert machine.load() == dataclasses.replace(RECORD, workspace="", how="", ephemeral=False)
+
+
+def test_how_it_was_started_comes_back(machine: MachineDir) -> None:
+    machine.save(RECORD)
+    machine.update(how="restored", ephemeral=True)
+    assert (machine.load().how, machine.load().ephemeral) == ("restored", True)
+
+
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_damaged_record_is_named(machine: MachineDir, data: bytes) -> None:
     machine.record_file.write_bytes(data)
@@ -355,6 +369,15 @@ def test_logs_are_rotated_once(machine: MachineDir) -> None:
     assert found == {"console.log.old": "second", "vm.log.old": "second", "setup.log": "kept"}
 
 
+def test_a_machine_that_has_ended_is_not_paused(machine: MachineDir) -> None:
+    machine.paused.touch()
+    machine.sockets.control.touch()
+    machine.clean_runtime()
+    assert not machine.paused.exists()
+    assert not machine.runtime.exists()
+    assert machine.path.is_dir()
+
+
 def test_machine_ids_differ() -> None:
     first, second = record.new_machine_id(), record.new_machine_id()
     assert first != second
@@ -392,12 +415,17 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: py
         paths.private_dir(tmp_path / "theirs")
 
 
-SOCKET_NAMES = ("ctl", "qmp", "ssh")
 SSH_SUFFIX = "." + "x" * 16  # what ssh appends while it makes a control socket (mux.c)
 
 
-def longest(directory: Path) -> int:
-    return max(len(os.fsencode(directory / f"{name}{SSH_SUFFIX if name == 'ssh' else ''}")) for name in SOCKET_NAMES)
+def socket_paths(machine: MachineDir) -> list[str]:
+    """Every path that a socket of the machine is bound to."""
+    qemus = [getattr(machine.sockets, field.name) for field in dataclasses.fields(machine.sockets)]
+    return [*map(str, qemus), *(f"{path}{SSH_SUFFIX}" for path in machine.ssh_sockets)]
+
+
+def longest(machine: MachineDir) -> int:
+    return max(len(os.fsencode(path)) for path in socket_paths(machine))
 
 
 def base_of(length: int, tmp_path: Path, letter: str = "r") -> Path:
@@ -426,15 +454,15 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 )
 def test_socket_paths_fit(length: int, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base_of(length, short)))
-    directory = paths.runtime_dir(Path("/a/workspace"), "web-1")
-    assert longest(directory) <= 107
+    machine = MachineDir(Path("/a/workspace"), "web-1")
+    assert longest(machine) <= 107
     if length <= 66:
-        assert directory.is_relative_to(os.environ["XDG_RUNTIME_DIR"])
+        assert machine.runtime.is_relative_to(os.environ["XDG_RUNTIME_DIR"])
 
 
 def test_socket_paths_fit_in_bytes(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base_of(60, short, "é")))
-    assert longest(paths.runtime_dir(Path("/a/workspace"), "web-1")) <= 107
+    assert longest(MachineDir(Path("/a/workspace"), "web-1")) <= 107
 
 
 @pytest.mark.parametrize("value", ["", "relative", None])
@@ -468,9 +496,31 @@ def test_no_two_machines_share_sockets(tmp_path: Path, monkeypatch: pytest.Monke
     assert paths.runtime_dir(Path("/w"), "a") == paths.runtime_dir(Path("/w"), "a")
 
 
-def test_a_socket_can_be_bound_there(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_can_be_bound_there(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base_of(66, short)))
     machine = MachineDir(short / "workspace", "x" * 63)
     machine.prepare()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(machine.ssh_control) + SSH_SUFFIX)
+    found = socket_paths(machine)
+    assert len(set(found)) == len(found)
+    for path in found:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+
+
+def test_a_copy_of_a_machine_has_sockets_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime(tmp_path)))
+    machine = MachineDir(tmp_path / "workspace", "web-1")
+    copy = MachineDir(machine.path, "web-1", machine.path / "copy")
+    assert copy.path == machine.path / "copy"
+    assert copy.runtime != machine.runtime
+    for made in (machine, copy):
+        made.prepare()
+        made.save(RECORD)
+    with machine.hold_lock():
+        assert not copy.alive()
+    copy.remove()
+    assert machine.exists()
+    assert machine.runtime.is_dir()
+    assert not copy.path.exists()
+    assert not copy.runtime.exists()
+    assert [found.name for found in all_machines(machine.workspace)] == ["web-1"]

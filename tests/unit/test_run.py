@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -232,13 +233,13 @@ def end(pids: list[int]) -> None:
 
 
 STREAMER = """
-import sys
+import os, sys
 sys.path[:] = sys.argv[2:]
 from nixbox import run
 try:
     run.stream(["sh", "-c", sys.argv[1]], on_out=lambda line: print(line, flush=True))
 except KeyboardInterrupt:
-    sys.exit(130)
+    os._exit(130)  # as the program does: the threads of sh may be at anything
 """
 
 
@@ -295,6 +296,20 @@ def test_a_log_is_never_written_through_a_link(tmp_path: Path) -> None:
         run.spawn(["echo", "overwritten"], log=tmp_path / "log").wait(HANG_S)
     assert caught.value.errno == errno.ELOOP
     assert target.read_text() == "mine"
+
+
+def test_a_spawned_process_may_speak_over_a_socket(tmp_path: Path) -> None:
+    ours, its = socket.socketpair()
+    with ours:
+        with its:
+            code = "import sys; print(sys.stdin.readline().upper(), flush=True); print('log', file=sys.stderr)"
+            process = run.spawn(python(code), log=tmp_path / "log", stdio=its.fileno())
+        ours.settimeout(HANG_S)
+        ours.sendall(b"hello\n")
+        with ours.makefile("rb") as said:
+            assert said.read() == b"HELLO\n\n"  # to its end: nobody else holds the other side
+        assert process.wait(HANG_S) == 0
+    assert (tmp_path / "log").read_text() == "log\n"
 
 
 def test_only_named_descriptors_are_inherited(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixbox.config import names, schema
-from nixbox.config.schema import Config, Plugin, Profile
+from nixbox.config.schema import Config, Plugin, Profile, UserSettings
 from nixbox.errors import ConfigError
 
 QUICK = settings(max_examples=50, deadline=None, database=None)
@@ -95,7 +95,12 @@ def test_a_formatted_size_reads_back(mib: int) -> None:
 def test_defaults() -> None:
     default = config("")
     assert (default.base, default.network.mode, default.debian.suite) == ("debian", "open", "trixie")
-    assert default.resources.model_dump() == {"vcpus": 2, "memory": 2048, "disk": 10240}
+    assert default.resources.model_dump() == {
+        "vcpus": 2,
+        "memory": 2048,
+        "disk": 10240,
+        "return_memory": False,
+    }
     assert [m.model_dump() for m in default.mounts] == [{"source": ".", "target": "~/workspace", "readonly": False}]
     assert default.machine.accelerator == "auto"
 
@@ -198,6 +203,12 @@ ONE_FAULT = [
     (Profile, 'disk.size = "1MiB"', "disk.size: 1MiB is too little"),
     (Profile, 'build_network = "yes"', "build_network: must be true or false, not text"),
     (Profile, 'env.A = "x"', "env: unknown field"),
+    (Profile, 'setup_env = "yes"', "setup_env: must be true or false, not text"),
+    (Plugin, "setup_env = true", "setup_env: unknown field"),
+    (Config, "setup_env = true", "setup_env: unknown field"),
+    (UserSettings, 'templates.limit = "lots"', "templates.limit: `lots` is not a size"),
+    (UserSettings, "templates.limit = true", "templates.limit: must be a size"),
+    (UserSettings, 'name = "x"', "name: unknown field (known here: templates)"),
     (Plugin, 'scrpts = ["x"]', "scrpts: unknown field (did you mean `scripts`?)"),
     (
         Plugin,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import mmap
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from nixbox import view
 from nixbox.errors import NotRunningError
+from nixbox.machine import snapshot, usage
 from nixbox.machine.record import MachineDir, Record
 
 HANG_S = 30.0
@@ -116,6 +120,46 @@ def test_a_stopped_machine(tmp_path: Path) -> None:
         assert view.machine_view(machine).state == "starting"
     assert found.disk_used_bytes >= 8192
     assert set(found.as_dict()) >= {"name", "state", "image", "disk_used_bytes"}
+
+
+def test_a_suspended_machine(tmp_path: Path) -> None:
+    machine = MachineDir(tmp_path / "w", "web-1")
+    machine.prepare()
+    record = Record("web-1", "0" * 32, "dev", 1, "/nix/store/x", "qemu", "tcg", 2, 2048, 10240)
+    machine.save(dataclasses.replace(record, ready=True, how="restored"))
+    machine.snapshot.mkdir()
+    manifest = snapshot.Manifest("nix:x", "sha256:1", "sha256:2", "QEMU", snapshot.now())
+    snapshot.write(machine.snapshot, manifest)
+    found = view.machine_view(machine)
+    assert (found.state, found.snapshot, found.how, found.memory) == ("suspended", (), "", None)
+    snapshot.invalidate(machine.snapshot, manifest, ["the image has changed"])
+    found = view.machine_view(machine)
+    assert (found.state, found.snapshot) == ("stopped", ("the image has changed",))
+    with machine.hold_lock():
+        assert view.machine_view(machine).how == "restored"
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_process() -> None:
+    before = usage.of(os.getpid())
+    with mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE) as taken:
+        for at in range(0, len(taken), 4096):
+            taken[at] = 1
+        after = usage.of(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert after.own - before.own > 24 << 20
+    assert 0 < after.own < after.resident
+    assert after.shared == after.resident - after.own
+
+
+def test_the_memory_of_a_process_that_is_gone() -> None:
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert usage.of(child.pid) is None  # it has ended, and nobody has waited for it
+    assert usage.of(child.pid) is None
 
 
 def test_rows_line_up(capsys: pytest.CaptureFixture[str]) -> None:

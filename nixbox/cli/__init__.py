@@ -6,8 +6,6 @@ for what it uses.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import signal
@@ -18,11 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from nixbox.cli import stores
+from nixbox.cli.common import Json, print_json
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
 if TYPE_CHECKING:
     from nixbox.report import Reporter
-    from nixbox.session import Sandbox
+    from nixbox.session import Sandbox, Up
 
 
 class _Stopped(KeyboardInterrupt):
@@ -66,8 +66,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-image_app = typer.Typer(help="List and collect built images.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(image_app, name="image")
+app.add_typer(stores.image_app, name="image")
+app.add_typer(stores.template_app, name="template")
 
 
 def _complete_machine(incomplete: str) -> list[str]:
@@ -88,16 +88,18 @@ Name = Annotated[
         help="A machine of this workspace; default: the workspace's own.", autocompletion=_complete_machine
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]
 
 
-@functools.cache
-def _reporter() -> Reporter:
-    """The one reporter of this process: `main` takes its live display away, whatever happens."""
+_made: list[Reporter] = []  # the one reporter of this process: `main` takes its live display away, whatever happens
+
+
+def _reporter(*, quiet: bool = False) -> Reporter:
     from nixbox import report
 
-    return report.for_stderr()
+    if not _made:
+        _made.append(report.for_stderr(quiet=quiet))
+    return _made[0]
 
 
 def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
@@ -105,14 +107,10 @@ def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
 
     chosen = None
     if any(value not in (None, (), []) for value in overrides.values()):
-        from nixbox.config.load import Overrides
+        from nixbox.config.settings import Overrides
 
         chosen = Overrides(**{key: value for key, value in overrides.items() if value is not None})
     return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=_reporter())
-
-
-def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def _pairs(values: list[str] | None, option: str) -> tuple[tuple[str, str], ...]:
@@ -155,9 +153,11 @@ def up(
     ] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Boot, whatever is saved; use and make no template.")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="Print how long each part took.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring the machine up: lock, build, boot, set up."""
+    """Bring the machine up: lock, build, restore or boot, set up."""
     box = _sandbox(
         name,
         profile=profile,
@@ -169,24 +169,38 @@ def up(
     if dry_run:
         _dry_run(box, as_json)
         return
-    done = box.up(locked=locked)
+    done = box.up(locked=locked, cold=cold)
     box.report.done()
+    if timings:
+        _print_timings(done)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json(asdict(done) | {"image": str(done.image)})
+        print_json(_up_json(done))
     else:
         seconds = sum(done.phases.values())
-        how = "is running" if done.how == "running" else f"is up ({done.accelerator}, {seconds:.1f} s)"
+        how = "is running" if done.how == "running" else f"is {done.how} ({done.accelerator}, {seconds:.1f} s)"
         print(f"`{done.name}` {how}: nixbox shell, nixbox run -- CMD", file=sys.stderr)
     if done.failed_scripts:
         raise NixboxError(f"the machine is up, but {len(done.failed_scripts)} of its scripts failed")
 
 
+def _up_json(done: Up) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(done) | {"image": str(done.image)}
+
+
+def _print_timings(done: Up) -> None:
+    """A bar for each part of a start, as long as its share."""
+    total = sum(done.phases.values()) or 1.0
+    for name, seconds in done.phases.items():
+        print(f"{name:<10}{seconds * 1000:8.0f} ms  {'█' * round(40 * seconds / total)}", file=sys.stderr)
+    print(f"{'total':<10}{total * 1000:8.0f} ms", file=sys.stderr)
+
+
 def _dry_run(box: Sandbox, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from nixbox.config.load import resolve_env
+    from nixbox.config.settings import resolve_env
     from nixbox.image import ensure
     from nixbox.machine import accelerator
 
@@ -198,7 +212,7 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     choice = accelerator.choose(plan.machine.accelerator)
     state = "running" if box.machine.alive() else "stopped" if box.machine.exists() else "new"
     if as_json:
-        _print_json(
+        print_json(
             {
                 "machine": asdict(plan.machine) | {"state": state, "chosen_accelerator": choice.accelerator},
                 "image": asdict(plan.image) | {"built": str(image.path) if image else None, "relock": why},
@@ -247,19 +261,60 @@ def run_command(
     ] = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE for this command.")] = None,
     workdir: Annotated[str | None, typer.Option("--workdir", "-w", help="Directory in the guest.")] = None,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="On a fresh machine, which is gone afterwards.")
+    ] = False,
 ) -> None:
     """Run a command in the guest: `nixbox run -- make test`. Exits with the command's own code."""
     try:
         pairs = dict(_pairs(env, "--env"))
-        box = _sandbox(machine)
+        if ephemeral and machine is not None:
+            raise ConfigError("--ephemeral makes a machine of its own; it does not go with --machine")
+        box = _ephemeral() if ephemeral else _sandbox(machine)
         want_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
-        code = box.run(command, tty=want_tty, timeout_s=timeout, env=pairs, workdir=workdir)
+        run = box.run_once if ephemeral else box.run
+        code = run(command, tty=want_tty, timeout_s=timeout, env=pairs, workdir=workdir)
     except NixboxError as error:
         error.exit_code = ExitCode.RUN_FAILED
         raise
     if code == ExitCode.TIMEOUT and timeout is not None:
         print(f"error: the command was ended after {timeout:g} s", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _ephemeral() -> Sandbox:
+    """A sandbox for one command, whose own output is the command's: nothing is said but what matters."""
+    from nixbox.session import Sandbox, ephemeral_name
+
+    return Sandbox.open(Path.cwd(), ephemeral_name(), reporter=_reporter(quiet=True), ephemeral=True)
+
+
+@app.command()
+def suspend(name: Name = None) -> None:
+    """Save the machine with its memory and stop it; `nixbox up` goes on from there."""
+    box = _sandbox(name)
+    box.suspend()
+    box.report.done()
+    print(f"`{box.machine.name}` is suspended: nixbox up", file=sys.stderr)
+
+
+@app.command()
+def fork(
+    name: Name = None,
+    count: Annotated[int, typer.Option("--count", "-n", metavar="N", min=1, max=1000, help="How many.")] = 1,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", metavar="P", help="They are called P-1, P-2, …; default: NAME.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make machines that go on from a running one, from a stopped one's disk, or from the template."""
+    box = _sandbox(name)
+    made = box.fork(count, prefix)
+    box.report.done()
+    if as_json:
+        print_json([_up_json(up) for up in made])
+    else:
+        print("\n".join(up.name for up in made))
 
 
 @app.command()
@@ -270,7 +325,7 @@ def status(name: Name = None, as_json: Json = False) -> None:
     box = _sandbox(name)
     found = view.machine_view(box.machine)
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
     else:
         import time
 
@@ -280,10 +335,17 @@ def status(name: Name = None, as_json: Json = False) -> None:
         print(f"image        {found.image}")
         print(f"backend      {found.backend} ({found.accelerator})")
         print(f"resources    {found.vcpus} vCPUs, {found.memory_mib} MiB memory")
+        if found.memory is not None:
+            resident, shared = view.size(found.memory.resident), view.size(found.memory.shared)
+            print(f"memory       {resident} resident, {shared} of it shared")
         print(f"disk         {used} used of {found.disk_mib} MiB")
+        if found.how:
+            print(f"came up      {found.how}")
+        for reason in found.snapshot:
+            print(f"snapshot     not used: {reason}")
         if found.state == "io-error":
             print("hint: the host's disk is full; free some space, then `nixbox up`", file=sys.stderr)
-    if found.state == "stopped":
+    if found.state in ("stopped", "suspended"):
         raise typer.Exit(ExitCode.NOT_RUNNING)
 
 
@@ -295,7 +357,7 @@ def list_machines(as_json: Json = False) -> None:
 
     found = view.machine_views(all_machines(paths.find_workspace(Path.cwd())))
     if as_json:
-        _print_json([machine.as_dict() for machine in found])
+        print_json([machine.as_dict() for machine in found])
         return
     rows = [
         [m.name, m.state, m.accelerator, str(m.vcpus), f"{m.memory_mib} MiB", view.size(m.disk_used_bytes)]
@@ -368,7 +430,7 @@ def build(
     image = box.build(locked=locked)
     box.report.done()
     if as_json:
-        _print_json({"path": str(image.path), "root": str(image.root), "fresh": image.fresh, "image": image.meta})
+        print_json({"path": str(image.path), "root": str(image.root), "fresh": image.fresh, "image": image.meta})
     else:
         print(image.path)
 
@@ -391,7 +453,7 @@ def config(
         mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror).as_dict()
         print(build.expression(box.plan(loaded).image, ensure.lock_path(box.workspace), mirrors), end="")
     elif as_json:
-        _print_json(load.to_json(loaded))
+        print_json(load.to_json(loaded))
     else:
         print(load.render(loaded))
 
@@ -399,7 +461,7 @@ def config(
 @app.command("ssh-config")
 def ssh_config(name: Name = None) -> None:
     """Print the machine's SSH configuration (for ssh -F, scp, …)."""
-    print(_sandbox(name).require_running().config.read_text(), end="")
+    print(_sandbox(name).ssh_config().read_text(), end="")
 
 
 @app.command()
@@ -420,7 +482,7 @@ def doctor(as_json: Json = False) -> None:
         if finding.hint and finding.level != "ok":
             print(f"{'':8} hint: {finding.hint}")
     if as_json:
-        _print_json(found)
+        print_json(found)
     if missing:
         raise typer.Exit(ExitCode.HOST)
 
@@ -431,61 +493,6 @@ def version() -> None:
     from nixbox import __version__
 
     print(f"nixbox {__version__}")
-
-
-@image_app.command("list")
-def image_list(as_json: Json = False) -> None:
-    """The images that were built here."""
-    from dataclasses import asdict
-
-    from nixbox import view
-    from nixbox.image import images
-
-    found = images.all_images()
-    if as_json:
-        _print_json([asdict(image) | {"path": str(image.path)} for image in found])
-        return
-    rows = [
-        [
-            image.key[:12],
-            f"{image.base} {image.suite or ''}".strip(),
-            f"{image.packages} ({', '.join(image.requested) or 'none'} on top)",
-            view.size(image.size_bytes),
-            images.age(image.built_at),
-            ", ".join(Path(machine).name for machine in image.used_by) or "no",
-            "" if image.reproducible else "not reproducible (build_network)",
-        ]
-        for image in found
-    ]
-    if rows:
-        view.print_rows(rows, ["NAME", "BASE", "PACKAGES", "SIZE", "AGE", "IN USE", ""])
-    else:
-        print("no images yet: `nixbox build` makes one", file=sys.stderr)
-
-
-@image_app.command("gc")
-def image_gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-) -> None:
-    """Remove the images that no machine is made of."""
-    from nixbox import view
-    from nixbox.image import fetch, images
-
-    unused = images.unused(images.all_images())
-    for image in unused:
-        print(f"{image.key[:12]}  {view.size(image.size_bytes)}  {image.path}")
-    if not unused:
-        print("every image is in use", file=sys.stderr)
-    if dry_run or not unused:
-        return
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError(f"{len(unused)} images would go", hint="--yes removes them without asking")
-        typer.confirm(f"remove {len(unused)} images?", abort=True, err=True)
-    fetch.clean()
-    gone = images.collect(unused)
-    print(f"removed {gone.paths} store paths, {view.size(gone.bytes)}", file=sys.stderr)
 
 
 def _show(error: NixboxError) -> None:
@@ -551,8 +558,8 @@ def _run_app() -> int:
     try:
         code = app(standalone_mode=False)
     finally:
-        if _reporter.cache_info().currsize:
-            _reporter().done()
+        for reporter in _made:
+            reporter.done()
     return code if isinstance(code, int) else 0
 
 
@@ -570,7 +577,3 @@ def _other(error: Exception, debug: bool) -> None:
     print(f"error: this is a fault in nixbox: {type(error).__name__}: {error}", file=sys.stderr)
     print("hint: `nixbox --debug …` shows where; please report it", file=sys.stderr)
     sys.exit(ExitCode.FAILURE)
-
-
-if __name__ == "__main__":
-    main()

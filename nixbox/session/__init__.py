@@ -7,43 +7,48 @@ import secrets
 import signal
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import ConfigError, NixboxError, NotRunningError
+from nixbox.errors import NotRunningError
 from nixbox.guest import control, ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Reporter
+from nixbox.session import stop
+from nixbox.session.begin import Begun, How, begin
+from nixbox.session.start import Phases, Start
 
 if TYPE_CHECKING:
-    from nixbox.config.load import Loaded, Overrides
+    from nixbox.config.settings import Loaded, Overrides
     from nixbox.image.build import Image
     from nixbox.machine.accelerator import Choice
     from nixbox.machine.backend import Backend
     from nixbox.plan.model import Plan
 
-# A guest under software emulation on a busy host may take a minute; a bound, not an expectation.
-BOOT_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 20.0
-KILL_TIMEOUT_S = 10.0
-
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """What `up` did: `how` is `booted` or `running` (it was up already); phases in seconds."""
+    """What `up` did.
+
+    `how`: it was `running`, or was `booted`, `restored` from a template, `resumed` from its own saved state, or
+    `forked` from another machine. `template` is the stage that it was restored from (`ready` for a new machine,
+    `boot` for one with a disk), `made` whether that template was made just now. `phases` maps names to seconds.
+    """
 
     name: str
-    how: str
+    how: How
     image: Path
     accelerator: str
     setup: str
     failed_scripts: tuple[str, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
+    template: str | None = None
+    made: bool = False
 
 
 class Sandbox:
@@ -61,13 +66,15 @@ class Sandbox:
         overrides: Overrides | None = None,
         reporter: Reporter | None = None,
         environ: Mapping[str, str] | None = None,
+        ephemeral: bool = False,
     ) -> None:
         self.workspace = workspace
         self.overrides = overrides
         self.report = reporter or Reporter()
         self.environ = os.environ if environ is None else environ
         self.machine = MachineDir(workspace, name or default_machine(workspace))
-        self._phases: dict[str, float] = {}
+        self.ephemeral = ephemeral
+        self.phase = Phases()
 
     @classmethod
     def open(cls, start: Path, name: str | None = None, **options: object) -> Self:
@@ -79,7 +86,7 @@ class Sandbox:
 
     def load(self) -> Loaded:
         """The merged, validated configuration. Raises ConfigError with every fault."""
-        from nixbox.config.load import load
+        from nixbox.config.cache import load
 
         return load(self.workspace, self.overrides)
 
@@ -108,16 +115,16 @@ class Sandbox:
 
     # --- up ---
 
-    def up(self, *, locked: bool = False) -> Up:
-        """Bring the machine up, whatever state it is in.
+    def up(self, *, locked: bool = False, cold: bool = False) -> Up:
+        """Bring the machine up, whatever state it is in; `cold` boots it, whatever is saved.
 
         A start that fails or is interrupted before the guest is ready leaves it down; its disk is whole either
         way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
         """
-        from nixbox.config.load import resolve_env
+        from nixbox.config.settings import resolve_env
         from nixbox.machine import accelerator
 
-        with self._phase("config"):
+        with self.phase("config"):
             loaded = self.load()
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
@@ -125,27 +132,26 @@ class Sandbox:
         ssh.check_path(self.machine.ssh)
         for notice in plan.notices:
             self.report.note(f"note: {notice}")
-        with self.machine.busy(self._waiting):
+        with self.busy():
             if self.machine.alive():
                 running = self._running(plan, env)
                 if running is not None:
                     return running
-            with self._phase("image"):
+            with self.phase("image"):
                 image = self.build(locked=locked, loaded=loaded)
-            with self._phase("prepare"):
+            with self.phase("prepare"):
                 choice = accelerator.choose(plan.machine.accelerator)
-                record = self._prepare(plan, image, choice)
+                start = self._prepare(plan, image, choice, loaded, env)
             with ExitStack() as undo:
                 undo.callback(self._abandon)
-                guest_setup = self._boot(record, image, env, loaded)
+                begun = begin(start, plan, cold=cold)
+                start.publish(begun.how, begun.setup)
                 undo.pop_all()
-            return self._finish(plan, image, choice, guest_setup)
+            return self._finish(start, plan, begun)
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._phases[name] = round(time.monotonic() - start, 4)
+    def busy(self) -> AbstractContextManager[None]:
+        """Be the one command that changes the machine; another one is waited for, and that is said."""
+        return self.machine.busy(self._waiting)
 
     def _waiting(self) -> None:
         self.report.note(f"another nixbox command is at work on `{self.machine.name}`; waiting for it")
@@ -156,15 +162,17 @@ class Sandbox:
         record = self.machine.load() if self.machine.exists() else None
         if record is None or not record.ready or record.ssh_port is None:
             self.report.note(f"`{self.machine.name}` was left half started; starting it again")
-            self._end()
+            stop.end(self.machine, self._backend())
             return None
         qemu = self._backend()
         if qemu.status(self.machine.sockets) == "io-error":
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
+        stop.heal(self.machine, qemu)
         self._tell_what_waits(plan, record)
         with control.Control.connect(self.machine.sockets.control) as channel:
-            channel.push_env(env, STOP_TIMEOUT_S)
+            channel.push_env(env, stop.STOP_TIMEOUT_S)
+        self.machine.update(env_hash=self._env_hash(record.machine_id, env))
         # The guest's own marker, not the record: a start may have been cut off between the two.
         setup = self._setup(plan, self._setup_done() if plan.machine.setup is not None else None)
         failed = self._scripts(plan)
@@ -176,7 +184,8 @@ class Sandbox:
 
         spec = plan.machine
         changed = []
-        if (record.vcpus, record.memory_mib) != (spec.vcpus, spec.memory_mib):
+        shape = (spec.vcpus, spec.memory_mib, spec.return_memory)
+        if (record.vcpus, record.memory_mib, record.return_memory) != shape:
             changed.append("resources")
         image = ensure.current(self.workspace, plan.image)
         if image is None or str(image.path) != record.image:
@@ -186,32 +195,31 @@ class Sandbox:
 
     def _setup_done(self) -> str | None:
         """The hash of the setup that ran in the running guest."""
-        said = run.run([*self._endpoint().argv("-T"), "cat /var/lib/nixbox/setup-done"], timeout_s=60, check=False)
+        said = run.run([*self._reached().argv("-T"), "cat /var/lib/nixbox/setup-done"], timeout_s=60, check=False)
         return said.stdout.strip() or None
 
-    def _prepare(self, plan: Plan, image: Image, choice: Choice) -> Record:
-        """Directories, record, keys and overlay disk; the record is written when all else is there."""
+    def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        """Directories, keys and record: all that a start needs but the disk of a new machine."""
         from nixbox.image import store
         from nixbox.machine import overlay, record
 
         machine, spec = self.machine, plan.machine
         old = machine.load() if machine.exists() else None
         machine.prepare()
-        if old is None and machine.overlay.exists():
-            # Its record is missing, but an overlay may hold somebody's work: it is never thrown away here.
-            self.report.note("found an overlay disk without a record; keeping it")
-        if not machine.overlay.exists():
-            overlay.create(machine.overlay, spec.disk_mib)
-        disk_mib = overlay.size_mib(machine.overlay)
-        if spec.disk_mib > disk_mib:
-            overlay.grow(machine.overlay, spec.disk_mib)
-        elif spec.disk_mib < disk_mib and old is not None:
-            self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
-        ssh.make_keys(machine.ssh)
+        disk_mib = spec.disk_mib
+        if machine.overlay.exists():
+            if old is None:
+                # Its record is missing, but an overlay may hold somebody's work: it is never thrown away here.
+                self.report.note("found an overlay disk without a record; keeping it")
+            disk_mib = overlay.size_mib(machine.overlay)
+            if spec.disk_mib > disk_mib:
+                overlay.grow(machine.overlay, spec.disk_mib)
+            elif spec.disk_mib < disk_mib and old is not None:
+                self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
         if old is not None and old.image != str(image.path):
             self.report.note("the image has changed: the machine's own files stay on top of the new one")
         where = str(self.workspace)
-        if (
+        if not self.ephemeral and (
             old is None
             or (old.image, old.workspace) != (str(image.path), where)
             or not machine.image_root.is_symlink()
@@ -229,97 +237,50 @@ class Sandbox:
             memory_mib=spec.memory_mib,
             disk_mib=max(spec.disk_mib, disk_mib),
             workspace=where,
+            ephemeral=self.ephemeral,
+            return_memory=spec.return_memory,
         )
-        machine.save(new)
-        return new
+        new = replace(new, env_hash=self._env_hash(new.machine_id, env))
+        return self._start(new, image, loaded, env)
 
-    def _boot(self, record: Record, image: Image, env: Mapping[str, str], loaded: Loaded) -> str:
-        """Start the VM and see it to `ready`; returns the hash of the setup that ran in it before, or `-`."""
-        from nixbox.machine.backend import VmSpec
-
-        machine, qemu = self.machine, self._backend()
-        spec = VmSpec(
-            name=machine.name,
-            kernel=image.file("vmlinux"),
-            initrd=image.file("initrd"),
-            root=image.file("root.squashfs"),
-            overlay=machine.overlay,
-            console_log=machine.console_log,
-            vcpus=record.vcpus,
-            memory_mib=record.memory_mib,
-            accelerator=record.accelerator,  # type: ignore[arg-type]
-        )
-        self.report.phase(f"booting `{machine.name}` ({record.accelerator})")
-        machine.rotate_logs()
-        with machine.hold_lock() as lock_fd:
-            pid = qemu.start(spec, machine.sockets, lock_fd, machine.vm_log)
-        machine.update(pid=pid, started_at=int(time.time()))
-        try:
-            with control.Control.connect(machine.sockets.control) as channel:
-                with self._phase("boot"):
-                    version = channel.expect("boot", BOOT_TIMEOUT_S)
-                    if version != control.PROTOCOL:
-                        raise control.GuestError(f"the image speaks control protocol {version}; rebuild it")
-                    channel.go(self._go(record, env, loaded))
-                with self._phase("guest"):
-                    done = channel.expect("ready", BOOT_TIMEOUT_S)
-        except control.GuestError as error:
-            raise self._explained(error) from None
-        with self._phase("ssh"):
-            port = qemu.ssh_port(machine.sockets)
-            endpoint = ssh.write_config(machine.ssh, machine.name, record.user, port, machine.ssh_control)
-            ssh.open_master(endpoint)
-        machine.update(ready=True, ssh_port=port, setup=None if done == "-" else done)
-        return done
-
-    def _go(self, record: Record, env: Mapping[str, str], loaded: Loaded) -> control.Go:
-        from nixbox.image import apt
-        from nixbox.machine import overlay, qemu_args
-
-        settings = loaded.settings
-        files = {}
-        try:
-            mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
-            files["etc/apt/sources.list.d/nixbox.sources"] = apt.guest_sources(mirrors, settings.suite)
-        except ConfigError:
-            # An image that was built elsewhere runs on a host that knows no mirror; its apt has none then.
-            self.report.note("note: no Debian mirror is known here, so apt in the guest has no package sources")
-        return control.Go(
-            hostname=record.name,
-            user=record.user,
-            image=record.image,
-            grow=overlay.filesystem_mib(self.machine.overlay) < overlay.size_mib(self.machine.overlay),
-            machine_id=record.machine_id,
-            time_s=int(time.time()),
-            address=qemu_args.GUEST_ADDRESS,
-            gateway=qemu_args.GUEST_GATEWAY,
-            dns=qemu_args.GUEST_DNS,
-            host_key=(self.machine.ssh / "host_key").read_bytes(),
-            authorized_key=(self.machine.ssh / "user_key.pub").read_bytes(),
+    def _start(self, record: Record, image: Image, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        return Start(
+            machine=self.machine,
+            record=record,
+            image=image,
+            backend=self._backend(),
+            settings=loaded.settings,
             env=env,
-            files=files,
+            report=self.report,
+            phase=self.phase,
+            bound=self.ephemeral,
         )
 
-    def _explained(self, error: NixboxError) -> NixboxError:
-        """A guest that ended is explained by the end of its console and of the hypervisor's own output."""
-        lines = control.tail(self.machine.vm_log, 5) + control.tail(self.machine.console_log, 15)
-        body = "".join(f"\n  {line}" for line in lines)
-        return NixboxError(error.message + body, hint=f"the whole log: nixbox logs {self.machine.name} --console")
+    def _env_hash(self, machine_id: str, env: Mapping[str, str]) -> str:
+        from nixbox.machine.snapshot import env_hash
 
-    def _finish(self, plan: Plan, image: Image, choice: Choice, guest_setup: str) -> Up:
+        return env_hash(machine_id, env)
+
+    def _finish(self, start: Start, plan: Plan, begun: Begun) -> Up:
         """The user's part of a start: the first-boot setup, then the scripts."""
-        with self._phase("setup"):
-            setup = self._setup(plan, None if guest_setup == "-" else guest_setup)
-        with self._phase("scripts"):
+        if begun.failure is not None:
+            raise begun.failure
+        with self.phase("setup"):
+            setup = self._setup(plan, None if begun.setup == "-" else begun.setup)
+            if begun.made and begun.template == "ready" and setup == "done before":
+                setup = "ran"
+        with self.phase("scripts"):
             failed = self._scripts(plan)
         return Up(
             name=self.machine.name,
-            how="booted",
-            image=image.path,
-            accelerator=choice.accelerator,
+            how=begun.how,
+            image=start.image.path,
+            accelerator=start.record.accelerator,
             setup=setup,
             failed_scripts=failed,
-            phases=dict(self._phases),
+            phases=dict(self.phase.seconds),
+            template=begun.template,
+            made=begun.made,
         )
 
     def _setup(self, plan: Plan, done: str | None) -> str:
@@ -327,9 +288,10 @@ class Sandbox:
         text = plan.machine.setup
         if text is None:
             return "none"
-        from nixbox.guest import setup
+        from nixbox.guest.setup import setup_hash
+        from nixbox.session.templates import run_setup
 
-        wanted = setup.setup_hash(text)
+        wanted = setup_hash(text)
         if done is not None:
             if done != wanted:
                 self.report.note(
@@ -337,20 +299,12 @@ class Sandbox:
                     f"(`nixbox rm {self.machine.name}` and `nixbox up` start a fresh one)"
                 )
             return "done before"
-        self.report.phase("running the profile's setup (once)")
-        endpoint, log = self._endpoint(), self.machine.setup_log
-        code = setup.run_script(endpoint, "setup", text, log, self.report.output)
-        if code != 0:
-            lines = "".join(f"\n  {line}" for line in control.tail(log, 15))
-            raise NixboxError(
-                f"the profile's setup failed with exit code {code}{setup.interpreter_note(text, code)}; "
-                f"it will run again at the next up:{lines}",
-                hint=f"the machine is up, look around with `nixbox shell {self.machine.name}`; "
-                "the log: nixbox logs --setup",
-            )
+        self._reached()
+        failure = run_setup(self.machine, self.report, text)
+        if failure is not None:
+            raise failure
         with control.Control.connect(self.machine.sockets.control) as channel:
-            channel.send(f"setup-done {wanted}")
-            channel.expect("ready", STOP_TIMEOUT_S)
+            channel.setup_done(wanted, stop.STOP_TIMEOUT_S)
         self.machine.update(setup=wanted)
         return "ran"
 
@@ -362,7 +316,7 @@ class Sandbox:
 
             title = f"script {number} of {script.origin}"
             self.report.phase(f"running {title}")
-            code = setup.run_script(self._endpoint(), title, script.text, None, self.report.output)
+            code = setup.run_script(self._reached(), title, script.text, None, self.report.output)
             if code != 0:
                 self.report.note(f"warning: {title} failed with exit code {code}")
                 failed.append(title)
@@ -374,72 +328,82 @@ class Sandbox:
         """Stop the machine: by its own init, else by the hypervisor, else by force; says which it took."""
         if not self.machine.path.exists():
             self.machine.load()  # raises with the words for a machine that is not there
-        with self.machine.busy(self._waiting):
-            return self._stop()
-
-    def _stop(self) -> str:
-        """`down` for who holds the busy lock already."""
-        if not self.machine.alive():
-            self.machine.clean_runtime()
-            return "not running"
-        record = self.machine.load_or_none()
-        if record is None or not record.ready:
-            return self._end()
-        if not self._power_off():
-            self._sync()
-            return self._end()
-        self.machine.clean_runtime()
-        return "powered off"
-
-    def _power_off(self) -> bool:
-        """Ask the guest's init to sync and power off; whether it did within the bound."""
-        try:
-            if self._backend().status(self.machine.sockets) != "running":
-                return False
-            with control.Control.connect(self.machine.sockets.control) as channel:
-                channel.send("poweroff")
-                channel.expect("off", STOP_TIMEOUT_S)
-        except NixboxError:
-            # An older message, a hung guest, a closed socket: the harder ways follow.
-            return self.machine.wait_gone(0.5)
-        return self.machine.wait_gone(KILL_TIMEOUT_S)
-
-    def _sync(self) -> None:
-        """The guest's init did not answer: what was written there should reach its disk all the same."""
-        try:
-            if self._backend().status(self.machine.sockets) == "running":
-                run.run([*self._endpoint().argv(), "sync"], timeout_s=STOP_TIMEOUT_S, check=False)
-        except NixboxError:
-            return
-
-    def _end(self) -> str:
-        """End a VM without asking the guest: QMP quit, then SIGKILL."""
-        how = "quit"
-        ssh.close_master(self._endpoint(), self.machine.ssh_control)
-        try:
-            self._backend().quit(self.machine.sockets)
-        except NixboxError:
-            how = "killed"
-        if how == "killed" or not self.machine.wait_gone(KILL_TIMEOUT_S):
-            how = "killed"
-            if not self.machine.kill(signal.SIGKILL, KILL_TIMEOUT_S):
-                raise NixboxError(f"the VM process of `{self.machine.name}` cannot be ended")
-        self.machine.clean_runtime()
-        return how
+        with self.busy():
+            return stop.stop(self.machine, self._backend())
 
     def _abandon(self) -> None:
-        """A start that failed or was interrupted leaves no VM behind."""
         self.report.done()
-        if self.machine.alive():
-            self._end()
-        self.machine.clean_runtime()
+        stop.abandon(self.machine, self._backend())
 
     def remove(self) -> None:
         """Stop the machine and remove its overlay, keys, logs and record."""
-        with self.machine.busy(self._waiting):
+        with self.busy():
             # Under one lock: an `up` that is at work now is waited for, and its machine is stopped, not forgotten.
-            self._stop()
+            if self.ephemeral:
+                self._abandon()
+            else:
+                stop.stop(self.machine, self._backend())
             self.machine.remove()
+
+    # --- suspend and fork ---
+
+    def suspend(self) -> None:
+        """Save the running machine with its memory and stop it; the next `up` goes on from there.
+
+        Raises NotRunningError; after any other failure the machine runs on.
+        """
+        from nixbox.session import copies
+
+        self.require_running()
+        with self.busy():
+            self.report.phase(f"saving `{self.machine.name}`")
+            copies.suspend(self._of_running(self.load(), {}))
+            stop.end(self.machine, self._backend())
+
+    def _of_running(self, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        """What a running machine was started with, whatever the config says by now. Under the busy lock."""
+        from nixbox.image.build import Image
+
+        if not self.machine.alive():
+            raise NotRunningError(f"`{self.machine.name}` is not running", hint="`nixbox up` starts it")
+        stop.heal(self.machine, self._backend())
+        record = self.machine.load()
+        image = Image(Path(record.image), self.machine.image_root, fresh=False)
+        return self._start(record, image, loaded, env)
+
+    def fork(self, count: int, prefix: str | None = None) -> list[Up]:
+        """Make `count` machines that go on from this one: from its memory and disk if it runs, else from its disk.
+
+        If there is no such machine they are new ones, from a template. They are named PREFIX-1, PREFIX-2, …, passing
+        over names that are taken. Those that came up stay when one fails. Raises NixboxError.
+        """
+        from nixbox.session import copies, forks
+
+        chosen = copies.free_names(self.workspace, prefix or self.machine.name, count)
+        boxes = [Sandbox(self.workspace, name, self.overrides, self.report, self.environ) for name in chosen]
+        if not self.machine.exists():
+            return [box.up() for box in boxes]
+        with self.busy():
+            if not self.machine.alive():
+                forks.copy_disk(self.machine, boxes)
+            else:
+                return self._fork_running(boxes)
+        return [box.up() for box in boxes]
+
+    def _fork_running(self, boxes: Sequence[Sandbox]) -> list[Up]:
+        from nixbox.config.settings import resolve_env
+        from nixbox.session import forks
+
+        self._reached()
+        loaded = self.load()
+        parent = self._of_running(loaded, resolve_env(loaded.settings, self.environ))
+        self.report.phase(f"copying `{self.machine.name}`")
+        forks.fork_running(parent, boxes)
+        path, accelerator = parent.image.path, parent.record.accelerator
+        return [
+            Up(box.machine.name, "forked", path, accelerator, "done before", phases=dict(box.phase.seconds))
+            for box in boxes
+        ]
 
     # --- inside ---
 
@@ -448,18 +412,29 @@ class Sandbox:
 
         return Qemu()
 
-    def _endpoint(self) -> ssh.Endpoint:
-        return ssh.Endpoint(self.machine.ssh / "config", self.machine.name)
+    def ssh_config(self) -> Path:
+        """The SSH configuration for other programs. Raises NotRunningError when the machine is not up."""
+        self.require_running()
+        return self.machine.ssh / "config"
 
     def require_running(self) -> ssh.Endpoint:
-        """The SSH endpoint. Raises NotRunningError when the machine is not up."""
+        """How nixbox's own commands reach the guest. Raises NotRunningError when the machine is not up."""
         if not self.machine.alive():
             if not self.machine.exists():
                 self.machine.load()  # raises with the words for a machine that is not there
             raise NotRunningError(f"`{self.machine.name}` is not running", hint="`nixbox up` starts it")
         if not self.machine.load().ready:
             raise NotRunningError(f"`{self.machine.name}` is still starting", hint="wait for `nixbox up`")
-        return self._endpoint()
+        if self.machine.paused.exists():
+            with self.busy():
+                stop.heal(self.machine, self._backend())
+        return self._reached()
+
+    def _reached(self) -> ssh.Endpoint:
+        """How nixbox's own commands reach the guest, once their shared connection stands."""
+        machine, endpoint = self.machine, stop.endpoint(self.machine)
+        ssh.await_master(endpoint, machine.ssh_sockets[1], machine.sockets.shell, machine.vm_log)
+        return endpoint
 
     def run(
         self,
@@ -480,16 +455,56 @@ class Sandbox:
         def forward(sig: signal.Signals) -> None:
             ssh.send_signal(endpoint, run_id, sig)
 
+        line = ssh.remote_command(command, workdir)
         return run.attached(
-            [*endpoint.argv("-tt" if tty else "-T"), ssh.remote_command(command, workdir)],
-            env=ssh.session_env(run_id, env or {}),
+            [*endpoint.argv("-tt" if tty else "-T"), ssh.marked(endpoint, run_id, line, env or {})],
+            env={},
             timeout_s=timeout_s,
             forward=forward,
         )
 
+    def run_once(
+        self,
+        command: Sequence[str],
+        *,
+        tty: bool = False,
+        timeout_s: float | None = None,
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+    ) -> int:
+        """`run` on this machine, which is brought up for it and is gone afterwards. For an ephemeral sandbox.
+
+        If this process is killed, the VM ends with it, and the next `run_once` removes what it left.
+        """
+        for left in ephemeral_left(self.workspace):
+            left.remove()
+        try:
+            self.up()
+            return self.run(command, tty=tty, timeout_s=timeout_s, env=env, workdir=workdir)
+        finally:
+            self.remove()
+
     def shell(self) -> None:
         """Become a login shell in the guest."""
-        run.replace(self.require_running().argv("-t"))
+        run.replace([*self.require_running().argv("-t"), "/run/nixbox/session"])
+
+
+def ephemeral_name() -> str:
+    """A name for a machine that lasts for one command."""
+    return f"run-{secrets.token_hex(4)}"
+
+
+def ephemeral_left(workspace: Path) -> list[MachineDir]:
+    """What ephemeral machines have left whose command was killed."""
+    machines = workspace / paths.CONFIG_DIR / "machines"
+    found = [MachineDir(workspace, path.name) for path in machines.glob("run-" + "[0-9a-f]" * 8)]
+    return [machine for machine in found if not machine.alive() and not machine.is_busy() and _was_ephemeral(machine)]
+
+
+def _was_ephemeral(machine: MachineDir) -> bool:
+    record = machine.load_or_none()
+    # Killed before its first record: the name alone could be a user's own.
+    return record.ephemeral if record is not None else not machine.exists()
 
 
 def default_machine(workspace: Path) -> str:

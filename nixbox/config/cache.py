@@ -1,0 +1,111 @@
+"""The checked configuration, kept between commands: reading and checking it anew costs more than a restore.
+
+What is kept is used only when every file that was read has the same bytes, no file has appeared that would be read
+instead, and nixbox is the same. It holds no literal value of `env`; those are read from config.toml each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nixbox import paths
+from nixbox.config.settings import TEMPLATE_LIMIT_MIB, EnvEntry, Loaded, Mount, Overrides, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def load(workspace: Path, overrides: Overrides | None = None) -> Loaded:
+    """As load.load; nothing is kept for a command line that changes settings. Raises ConfigError."""
+    if overrides is not None and overrides != Overrides():
+        from nixbox.config import load as loading
+
+        return loading.load(workspace, overrides)
+    workspace = workspace.resolve()
+    kept = paths.cache_dir() / "config" / f"{hashlib.sha256(str(workspace).encode()).hexdigest()[:24]}.json"
+    return _read(kept, workspace) or _fresh(kept, workspace)
+
+
+def _fresh(kept: Path, workspace: Path) -> Loaded:
+    from nixbox.config import load as loading
+
+    loaded = loading.load(workspace)
+    settings = dataclasses.asdict(loaded.settings)
+    settings["env"] = [{"name": entry.name, "from_host": entry.from_host} for entry in loaded.settings.env]
+    data = {
+        "digest": _digest(loaded.files, loaded.absent),
+        "files": [str(path) for path in loaded.files],
+        "absent": [str(path) for path in loaded.absent],
+        "settings": settings,
+        "origins": loaded.origins,
+    }
+    try:
+        paths.private_dir(paths.cache_dir())
+        paths.private_dir(kept.parent)
+        paths.write_atomic(kept, json.dumps(data), mode=0o600)
+    except OSError:  # a cache that cannot be written is none
+        pass
+    return loaded
+
+
+def _digest(files: Iterable[Path], absent: Iterable[Path]) -> str | None:
+    """Of all that the checked configuration depends on; None when it must be read anew."""
+    digest = hashlib.sha256()
+    try:
+        for module in sorted(Path(__file__).parent.glob("*.py")):
+            info = module.stat()
+            digest.update(f"{module} {info.st_size} {info.st_mtime_ns}\n".encode())
+        for path in files:
+            data = path.read_bytes()
+            digest.update(f"{path} {len(data)}\n".encode() + data)
+    except OSError:
+        return None
+    return None if any(path.exists() for path in absent) else digest.hexdigest()
+
+
+def _read(kept: Path, workspace: Path) -> Loaded | None:
+    try:
+        data: dict[str, Any] = json.loads(kept.read_text())
+        files = tuple(Path(path) for path in data["files"])
+        absent = tuple(Path(path) for path in data["absent"])
+        if data["digest"] is None or data["digest"] != _digest(files, absent):
+            return None
+        literals = tomllib.loads((workspace / paths.CONFIG_DIR / paths.CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = _settings(data["settings"], literals.get("env", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Loaded(workspace, settings, data["origins"], files, absent)
+
+
+def _settings(values: dict[str, Any], env: dict[str, Any]) -> Settings:
+    """The settings from JSON, which has lists for tuples."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    fields = {name: tuples(value) for name, value in values.items()}
+    fields["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
+    fields["hooks"] = {event: tuple(commands) for event, commands in values["hooks"].items()}
+    fields["env"] = tuple(
+        EnvEntry(entry["name"], None if entry["from_host"] else env[entry["name"]], entry["from_host"])
+        for entry in values["env"]
+    )
+    return Settings(**fields)
+
+
+def template_limit_bytes() -> int:
+    """How much of the disk templates may take: `[templates] limit` of the user's settings.toml, else 20 GiB.
+
+    Raises one ConfigError with every fault of that file.
+    """
+    path = paths.user_config_dir() / paths.SETTINGS_FILE
+    if not path.exists():
+        return TEMPLATE_LIMIT_MIB << 20
+    from nixbox.config.load import user_settings
+
+    return user_settings(path).templates.limit << 20

@@ -1,0 +1,104 @@
+"""What the configuration comes to: plain values, for whoever uses them without reading a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nixbox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nixbox.config.schema import Accelerator, Base, NetworkMode
+
+
+TEMPLATE_LIMIT_MIB = 20 << 10  # unless the user's settings.toml says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A host directory (as written: relative to the workspace, or with `~`) and its place in the guest."""
+
+    source: str
+    target: str
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EnvEntry:
+    """A variable for the guest: a literal `value` or the host variable to take it from, never both."""
+
+    name: str
+    value: str | None = field(default=None, repr=False)  # a secret must not reach a log through repr()
+    from_host: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the command line says instead of the config; `memory` is text as in the config ("4GiB")."""
+
+    profile: str | None = None
+    vcpus: int | None = None
+    memory: str | None = None
+    env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    env_from_host: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The merged configuration. Sizes are MiB; `build` and `scripts` are (origin, shell script) pairs."""
+
+    name: str
+    base: Base
+    profile: str | None
+    plugins: tuple[str, ...]
+    packages: tuple[str, ...]  # for `base` only
+    build: tuple[tuple[str, str], ...]
+    build_network: bool
+    setup: str | None
+    setup_env: bool
+    vcpus: int
+    memory_mib: int
+    disk_mib: int
+    return_memory: bool
+    mounts: tuple[Mount, ...]
+    network_mode: NetworkMode
+    domains: tuple[str, ...]
+    ports: tuple[int, ...]
+    env: tuple[EnvEntry, ...]
+    scripts: tuple[tuple[str, str], ...]
+    hooks: Mapping[str, tuple[str, ...]]  # every event of schema.EVENTS is a key
+    debian_mirror: str | None
+    debian_security_mirror: str | None
+    suite: str
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, the origin of each leaf field ("packages[0]": "profile dev"), and the files read.
+
+    A file that came to one of the places `absent` would be read instead of one of `files`.
+    """
+
+    workspace: Path
+    settings: Settings
+    origins: dict[str, str]
+    files: tuple[Path, ...]
+    absent: tuple[Path, ...] = ()
+
+
+def resolve_env(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """The guest's variables with their values; raises one ConfigError for all that the host lacks."""
+    missing = [e.from_host for e in settings.env if e.from_host is not None and e.from_host not in environ]
+    if missing:
+        names = list(dict.fromkeys(missing))
+        what = "the variable" if len(names) == 1 else "the variables"
+        export = "; ".join(f"export {name}=…" for name in names)
+        raise ConfigError(
+            f"the host's environment lacks {what} {', '.join(names)}, which the config hands to the guest",
+            hint=f"set what is missing ({export}) or take it out of [env]",
+            faults=[f"env: the host variable {name} is not set" for name in names],
+        )
+    return {e.name: environ[e.from_host] if e.from_host else e.value or "" for e in settings.env}

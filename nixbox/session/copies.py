@@ -1,0 +1,184 @@
+"""Copies of a running guest: its own state on the disk (suspend), and further machines that go on from it (fork)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nixbox import paths
+from nixbox.guest import control
+from nixbox.machine import record, saved, snapshot, template, usage
+from nixbox.machine.backend import MemoryFile
+from nixbox.session import stop
+from nixbox.session.start import Phases, Restored, Start, privately
+
+if TYPE_CHECKING:
+    from nixbox.machine.record import MachineDir
+
+
+_SYNC_TIMEOUT_S = 120.0
+
+
+def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) -> bytes:
+    """Bring a guest's memory into a file, and return the state of its devices. The guest is paused afterwards.
+
+    A second QEMU takes the guest over from the first, its memory in the file, and saves it as a template is saved. It
+    never runs. So whatever the guest's memory was, what comes out is one format, which is mapped and not read when a
+    machine is restored from it.
+    """
+    path = start.machine.path / "copy"
+    keeper = record.MachineDir(start.machine.path, start.machine.name, path)
+    keeper.prepare()
+    with keeper.overlay.open("wb") as disk:
+        disk.truncate(start.machine.overlay.stat().st_size)  # never read or written: the guest does not run
+    keeper.save(start.record)
+    other = replace(start, machine=keeper, phase=Phases(), bound=True)
+    try:
+        other.launch(other.spec(memory, incoming=True), pass_fds)
+        start.backend.move(start.machine.sockets, keeper.sockets)
+        return start.backend.save(keeper.sockets, memory_is_file=True)
+    finally:
+        stop.abandon(keeper, start.backend)
+        keeper.remove()
+
+
+# --- suspend and resume ---
+
+
+def wanted(start: Start) -> snapshot.Manifest:
+    """What `snapshot.json` has to say for the machine as it is now."""
+    version = snapshot.hypervisor_version(
+        start.backend.version(),
+        template.host_cpu(start.record.accelerator),
+        start.backend.shape(start.spec()),
+    )
+    return snapshot.Manifest(
+        imageHash=snapshot.image_hash(start.record.image),
+        overlayFingerprint=snapshot.overlay_fingerprint(start.machine.overlay),
+        envHash=start.record.env_hash,
+        hypervisorVersion=version,
+        createdAt=snapshot.now(),
+    )
+
+
+def suspend(start: Start) -> None:
+    """Save a running machine. It is paused, and its snapshot is whole, when this returns; then it may be ended."""
+    machine = start.machine
+    new = machine.path / "snapshot.new"
+    snapshot.remove(new)
+    snapshot.remove(machine.snapshot)
+    used = usage.of(start.record.pid) if start.record.pid is not None else None
+    needed_bytes = used.resident if used is not None else start.record.memory_mib << 20
+    # A mapped file on a full disk is a SIGBUS, not an error that could be told.
+    paths.require_space(machine.path, min(needed_bytes, start.record.memory_mib << 20), "the machine's memory")
+    new.mkdir(mode=0o700)
+    with control.Control.connect(machine.sockets.control) as channel:
+        channel.sync(_SYNC_TIMEOUT_S)  # if the snapshot cannot be used one day, the disk alone must do
+    try:
+        machine.paused.touch(mode=0o600)
+        start.backend.pause(machine.sockets)
+        saved.create(new / "memory").close()
+        state = capture(start, MemoryFile(new / "memory", shared=True))
+        with saved.create(new / "state") as file:
+            file.write(state)
+        saved.seal(new, ["memory", "state"])
+        snapshot.write(new, wanted(start))
+        new.rename(machine.snapshot)
+    except BaseException:
+        snapshot.remove(new)
+        if machine.alive():
+            start.backend.resume(machine.sockets)
+            machine.paused.unlink()
+        raise
+
+
+def resumable(start: Start) -> list[str] | None:
+    """Why the machine's snapshot may not be used (empty: it may); None when there is none."""
+    kept = snapshot.read(start.machine.snapshot)
+    if kept is None or (kept.invalidateReasons and not (start.machine.snapshot / "memory").exists()):
+        return None  # none, or one that has been said to be of no use before
+    why = snapshot.reasons(start.machine.snapshot, kept, wanted(start))
+    if why:
+        snapshot.invalidate(start.machine.snapshot, kept, why)
+    return why
+
+
+def resume(start: Start) -> Restored:
+    """Go on from the machine's snapshot."""
+    directory = start.machine.snapshot
+    state = (directory / "state").read_bytes()
+    memory = os.open(directory / "memory", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return start.restore(privately(memory), state, (memory,))
+    finally:
+        os.close(memory)
+
+
+# --- fork ---
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A running guest as it was for one moment: memory (a descriptor) and devices. Its disks are copied already."""
+
+    memory: int
+    state: bytes
+
+    def start(self, child: Start) -> Restored:
+        """Let a machine go on from here."""
+        return child.restore_from(self.memory, self.state)
+
+
+@contextmanager
+def copied(parent: Start, children: list[MachineDir]) -> Iterator[Copy]:
+    """Copy a running guest and give each of `children` a copy of its disk; it stands still for the last moment only.
+
+    The memory is in no file system: it goes when the last machine that began with it has ended.
+    """
+    memory = os.memfd_create("nixbox-fork", os.MFD_CLOEXEC)
+    try:
+        state = _captured(parent, children[0], memory)
+        for child in children[1:]:
+            saved.copy(children[0].overlay, child.overlay)
+        yield Copy(memory, state)
+    finally:
+        os.close(memory)
+
+
+def _captured(parent: Start, child: MachineDir, memory: int) -> bytes:
+    machine = parent.machine
+    whole = os.memfd_create("nixbox-fork", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(whole, parent.record.memory_mib << 20)
+        # If we are killed from here on, the next command on the machine lets it go on.
+        machine.paused.touch(mode=0o600)
+        try:
+            state = capture(parent, MemoryFile(Path(f"/proc/self/fd/{whole}"), shared=True), (whole,))
+            saved.copy(machine.overlay, child.overlay)
+        finally:
+            if machine.alive():
+                parent.backend.resume(machine.sockets)
+            machine.paused.unlink(missing_ok=True)
+        # QEMU has looked at every page, and a memfd keeps what was looked at.
+        saved.compact(whole, memory)
+    finally:
+        os.close(whole)
+    return state
+
+
+def free_names(workspace: Path, prefix: str, count: int) -> list[str]:
+    """The first `count` names PREFIX-1, PREFIX-2, … that no machine has. Raises NixboxError for a bad prefix."""
+    from nixbox.config import names
+
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        number += 1
+        name = names.check_name(f"{prefix}-{number}", "machine name")
+        if not record.MachineDir(workspace, name).path.exists():
+            found.append(name)
+    return found

@@ -1,0 +1,257 @@
+"""One start of one VM: from nothing, from a template, or from a saved state, up to an SSH connection.
+
+Whatever it starts from, the guest is told its identity by the same `go` and answers with the same `ready`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nixbox.errors import ConfigError, NixboxError
+from nixbox.guest import control, ssh
+from nixbox.machine import overlay, qemu_args, saved
+from nixbox.machine.backend import MemoryFile, VmSpec
+
+if TYPE_CHECKING:
+    import socket
+
+    from nixbox.config.settings import Settings
+    from nixbox.image.build import Image
+    from nixbox.machine.backend import Backend
+    from nixbox.machine.record import MachineDir, Record
+    from nixbox.report import Reporter
+
+# A guest under software emulation on a busy host may take a minute; a bound, not an expectation.
+BOOT_TIMEOUT_S = 240.0
+# One that goes on from a saved state has next to nothing to do.
+RESTORE_TIMEOUT_S = 60.0
+
+
+def privately(fd: int) -> MemoryFile:
+    """Memory that begins as the file of a descriptor and is the guest's own from there on (copy on write)."""
+    return MemoryFile(Path(f"/proc/self/fd/{fd}"), shared=False)
+
+
+@contextmanager
+def own_copy(fd: int) -> Iterator[int]:
+    """A copy in memory of a file (a descriptor) with all its holes; it lasts as long as a VM that maps it."""
+    copy = os.memfd_create("nixbox-memory", os.MFD_CLOEXEC)
+    try:
+        saved.copy_data(fd, copy)
+        yield copy
+    finally:
+        os.close(copy)
+
+
+class Phases:
+    """How long each part of a start took, in seconds, in their order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A guest that goes on from a saved state and does not know yet who it is; a context manager."""
+
+    start: Start
+    channel: control.Control
+    shell: socket.socket | None
+
+    def __enter__(self) -> Restored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+        if self.shell is not None:
+            self.shell.close()
+
+    def tell(self, how: control.How) -> None:
+        """Send the guest its identity."""
+        self.channel.go(self.start.go(how, restored=True))
+
+    def ready(self) -> str:
+        """Wait until it is that machine, and begin to open nixbox's own SSH connection if that is still to be done.
+
+        Returns the hash of the setup that ran on its disk, or `-`.
+        """
+        done = self.start.answer(self.channel)
+        if self.shell is not None:
+            ssh.drop_stale(self.shell)
+            self.start.connect(self.shell)
+        return done
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a start needs to know. `env` maps names to values that are for this machine's guest alone."""
+
+    machine: MachineDir
+    record: Record
+    image: Image
+    backend: Backend
+    settings: Settings
+    env: Mapping[str, str]
+    report: Reporter
+    phase: Phases = field(default_factory=Phases)
+    bound: bool = False
+
+    def spec(self, memory: MemoryFile | None = None, *, incoming: bool = False) -> VmSpec:
+        """The VM that the record describes."""
+        return VmSpec(
+            name=self.machine.name,
+            kernel=self.image.file("vmlinux"),
+            initrd=self.image.file("initrd"),
+            root=self.image.file("root.squashfs"),
+            overlay=self.machine.overlay,
+            console_log=self.machine.console_log,
+            vcpus=self.record.vcpus,
+            memory_mib=self.record.memory_mib,
+            accelerator=self.record.accelerator,  # type: ignore[arg-type]
+            memory_file=memory,
+            incoming=incoming,
+            bound=self.bound,
+            return_memory=self.record.return_memory,
+        )
+
+    def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
+        """Start the hypervisor; from here on the machine lives."""
+        machine = self.machine
+        machine.rotate_logs()
+        with machine.hold_lock() as lock_fd:
+            pid = self.backend.start(spec, machine.sockets, lock_fd, machine.vm_log, pass_fds)
+        machine.update(pid=pid, started_at=int(time.time()))
+
+    def boot(self, memory: MemoryFile | None = None) -> control.Control:
+        """Start from nothing, up to the guest's `boot`; returns the channel, on which `go` is to follow."""
+        with self.phase("boot"):
+            self.launch(self.spec(memory))
+            ssh.make_keys(self.machine.ssh)
+            channel = control.Control.connect(self.machine.sockets.control)
+            try:
+                version = channel.expect("boot", BOOT_TIMEOUT_S)
+                if version != control.PROTOCOL:
+                    raise control.GuestError(f"the image speaks control protocol {version}; rebuild it")
+            except control.GuestError as error:
+                channel.close()
+                raise self.explained(error) from None
+            except BaseException:
+                channel.close()
+                raise
+        return channel
+
+    def restore_from(self, memory: int, state: bytes, *, held: bool = False) -> Restored:
+        """`restore` with memory from a file that others map too (a descriptor)."""
+        if not self.record.return_memory:
+            return self.restore(privately(memory), state, (memory,), held=held)
+        # Holes will be made in it: it must be this machine's alone.
+        with own_copy(memory) as copy:
+            return self.restore(MemoryFile(Path(f"/proc/self/fd/{copy}"), shared=True), state, (copy,), held=held)
+
+    def restore(
+        self, memory: MemoryFile, state: bytes, pass_fds: Sequence[int] = (), *, held: bool = False
+    ) -> Restored:
+        """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
+
+        `held`: the guest's SSH server waits for its key, connected to its host; ours takes that host's place at once.
+        """
+        sockets = self.machine.sockets
+        with self.phase("restore"), ExitStack() as undo:
+            self.launch(self.spec(memory, incoming=True), pass_fds)
+            ssh.make_keys(self.machine.ssh)  # a new machine's, while the hypervisor comes up
+            # First the channels: the guest then finds its host where it was. One that came later would be missed: a
+            # guest that was saved connected goes on talking, and what nobody takes is lost.
+            channel = undo.enter_context(control.Control.connect(sockets.control))
+            shell = undo.enter_context(ssh.connected(sockets.shell))
+            self.backend.load(sockets, state, memory_is_file=True)
+            self.backend.resume(sockets)
+            if held:
+                self.connect(shell)
+            undo.pop_all()
+        return Restored(self, channel, None if held else shell)
+
+    def identify(self, channel: control.Control, how: control.How, *, restored: bool) -> str:
+        """Tell the guest who it is; returns the hash of the setup that ran on its disk, or `-`."""
+        with self.phase("go"):
+            channel.go(self.go(how, restored=restored))
+            return self.answer(channel, RESTORE_TIMEOUT_S if restored else BOOT_TIMEOUT_S)
+
+    def answer(self, channel: control.Control, timeout_s: float = RESTORE_TIMEOUT_S) -> str:
+        """Wait for the guest's `ready`; returns the hash of the setup that ran on its disk, or `-`."""
+        try:
+            return channel.expect("ready", timeout_s)
+        except control.GuestError as error:
+            raise self.explained(error) from None
+
+    def connect(self, transport: socket.socket | None = None) -> ssh.Endpoint:
+        """Begin to open nixbox's own SSH connection, and let the record say how other programs connect."""
+        machine, sockets, record = self.machine, self.machine.sockets, self.record
+        with self.phase("ssh"):
+            endpoint = ssh.write_exec_config(machine.ssh, machine.name, record.user, machine.ssh_sockets[1])
+            with transport or ssh.connected(sockets.shell) as connection:
+                ssh.begin_master(endpoint, connection, machine.vm_log)
+        return endpoint
+
+    def publish(self, how: str, setup: str) -> None:
+        """The guest is ready: write down how it is reached."""
+        machine = self.machine
+        with self.phase("record"):
+            port = self.backend.port(machine.sockets, qemu_args.SSH_PORT)
+            ssh.write_config(machine.ssh, machine.name, self.record.user, port, machine.ssh_sockets[0])
+            machine.update(ready=True, ssh_port=port, how=how, setup=None if setup == "-" else setup)
+
+    def go(self, how: control.How, *, restored: bool) -> control.Go:
+        """All that is individual to this machine."""
+        machine, record = self.machine, self.record
+        host_key = (machine.ssh / "host_key").read_bytes()
+        return control.Go(
+            how=how,
+            restored=restored,
+            hostname=record.name,
+            user=record.user,
+            image=record.image,
+            grow=overlay.filesystem_mib(machine.overlay) < overlay.size_mib(machine.overlay),
+            machine_id=record.machine_id,
+            time_s=int(time.time()),
+            address=qemu_args.GUEST_ADDRESS,
+            gateway=qemu_args.GUEST_GATEWAY,
+            dns=qemu_args.GUEST_DNS,
+            host_key=host_key,
+            dropbear_key=ssh.dropbear_key(host_key.decode()),
+            authorized_key=(machine.ssh / "user_key.pub").read_bytes(),
+            env=self.env,
+            files=self.files() if how == "boot" else {},
+        )
+
+    def files(self) -> dict[str, str]:
+        """What the base wants on a new disk: guest paths to contents. A template's disk holds it already."""
+        from nixbox.image import apt
+
+        settings = self.settings
+        try:
+            mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
+            return {"etc/apt/sources.list.d/nixbox.sources": apt.guest_sources(mirrors, settings.suite)}
+        except ConfigError:
+            # An image that was built elsewhere runs on a host that knows no mirror; its apt has none then.
+            self.report.note("note: no Debian mirror is known here, so apt in the guest has no package sources")
+            return {}
+
+    def explained(self, error: NixboxError) -> NixboxError:
+        """A guest that ended is explained by the end of its console and of the hypervisor's own output."""
+        lines = control.tail(self.machine.vm_log, 5) + control.tail(self.machine.console_log, 15)
+        body = "".join(f"\n  {line}" for line in lines)
+        return NixboxError(error.message + body, hint=f"the whole log: nixbox logs {self.machine.name} --console")
