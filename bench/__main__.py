@@ -139,7 +139,7 @@ def save(bench: Bench) -> None:
         saving.append(done["phases"]["save"])
         bench.rm()
     bench.row("first up of an image: makes the template", f"{median(whole):.2f} s")
-    bench.row("save of that template", ms(median(saving)), "", "", "≤ 1 s")
+    bench.row("saving it, both stages", ms(median(saving)), "", "", "≤ 1 s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ instead, and nixbox is the same. It holds no literal value of `env`; those are r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nixbox import paths
 from nixbox.config.settings import TEMPLATE_LIMIT_MIB, EnvEntry, Loaded, Mount, Overrides, Settings
+from nixbox.errors import NixboxError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,12 +46,10 @@ def _fresh(kept: Path, workspace: Path) -> Loaded:
         "settings": settings,
         "origins": loaded.origins,
     }
-    try:
-        paths.private_dir(paths.cache_dir())
+    with contextlib.suppress(OSError, NixboxError):  # a cache that cannot be written is none
+        paths.cache_dir().mkdir(parents=True, exist_ok=True)
         paths.private_dir(kept.parent)
         paths.write_atomic(kept, json.dumps(data), mode=0o600)
-    except OSError:  # a cache that cannot be written is none
-        pass
     return loaded
 
 

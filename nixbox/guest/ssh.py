@@ -201,7 +201,7 @@ def await_master(endpoint: Endpoint, control: Path, shell: Path, log: Path) -> N
     """Wait for the shared connection; one that has ended is opened again. Raises HostError when it cannot be."""
     deadline = time.monotonic() + _MASTER_TIMEOUT_S
     again = time.monotonic() + _PATIENCE_S  # one may have been begun a moment ago
-    while not control.exists():
+    while not _answers(control):
         if time.monotonic() > deadline:
             raise HostError(
                 f"no SSH connection to `{endpoint.name}` comes about",
@@ -212,6 +212,19 @@ def await_master(endpoint: Endpoint, control: Path, shell: Path, log: Path) -> N
                 begin_master(endpoint, transport, log)
             again = time.monotonic() + 1.5 * CONNECT_TIMEOUT_S
         time.sleep(0.005)  # ssh makes the socket when it has the connection; there is nothing else to wait for
+
+
+def _answers(control: Path) -> bool:
+    """Whether somebody listens at the socket of a shared connection; one that was left over is removed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as attempt:
+        try:
+            attempt.connect(str(control))
+        except ConnectionRefusedError:
+            control.unlink(missing_ok=True)
+            return False
+        except OSError:
+            return False
+    return True
 
 
 def drop_stale(transport: socket.socket) -> None:

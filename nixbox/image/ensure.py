@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from nixbox import paths, run
@@ -81,9 +81,13 @@ def ensure(
     reporter: Reporter,
     *,
     locked: bool = False,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Image:
-    """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit."""
-    with _one_at_a_time(workspace):
+    """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit.
+
+    `phase` is entered for each of the parts `lock` and `build`.
+    """
+    with phase("lock"), _one_at_a_time(workspace):
         why = stale(workspace, spec)
         if why and locked:
             raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
@@ -97,11 +101,12 @@ def ensure(
                 reporter.note(f"locked {len(changed)} packages in {paths.CONFIG_DIR}/{paths.LOCK_FILE}")
         # Read once: what is built is what the key was made of, whatever happens to the file meanwhile.
         text = lock_path(workspace).read_text()
-    image_key = build.key(spec, text)
-    found = build.built(image_key)
-    if found is not None:
-        return found
-    return _build(workspace, text, spec, image_key, mirror, security, reporter)
+    with phase("build"):
+        image_key = build.key(spec, text)
+        found = build.built(image_key)
+        if found is not None:
+            return found
+        return _build(workspace, text, spec, image_key, mirror, security, reporter)
 
 
 @contextmanager

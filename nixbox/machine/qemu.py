@@ -66,8 +66,9 @@ class Qemu:
         except OSError:
             pass
         text = run.run([str(program), "--version"], timeout_s=20).stdout.partition("\n")[0].strip()
-        paths.private_dir(kept.parent)
-        paths.write_atomic(kept, f"{ident}\n{text}")
+        with contextlib.suppress(OSError, NixboxError):  # a cache that cannot be written is none
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            paths.write_atomic(kept, f"{ident}\n{text}")
         return text
 
     def shape(self, spec: VmSpec) -> list[str]:

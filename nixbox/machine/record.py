@@ -6,6 +6,7 @@ as the VM does, whatever becomes of the record. `busy` serialises the commands t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -104,6 +105,7 @@ class MachineDir:
         """Make the directories: keys and logs are for this user's eyes only. Not while a VM lives."""
         for directory in (self.path, self.ssh, self.logs):
             paths.private_dir(directory)
+        shutil.rmtree(self.runtime, ignore_errors=True)  # sockets of a start that was killed
         self.run_link.unlink(missing_ok=True)
         self.run_link.symlink_to(paths.private_dir(self.runtime))
 
@@ -200,19 +202,23 @@ class MachineDir:
             finally:
                 os.close(fd)
 
-    def is_busy(self) -> bool:
-        """Whether a command is changing the machine now."""
+    def remove_if_idle(self) -> None:
+        """Remove the machine unless a command is at work on it, or is just about to begin or to end."""
         try:
-            fd = os.open(self.path / "busy", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+            fd = os.open(self.path / "busy", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            with contextlib.suppress(OSError):
+                if time.time() - self.path.stat().st_mtime > 60:
+                    self.remove()
+            return
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_busy_file(fd):
+                self.remove()
         except BlockingIOError:
-            return True
+            return
         finally:
             os.close(fd)
-        return False
 
     def _is_busy_file(self, fd: int) -> bool:
         try:
@@ -226,7 +232,8 @@ class MachineDir:
         shutil.rmtree(paths.runtime_dir(self.path, self.name), ignore_errors=True)  # of a copy that was cut off
         # The record goes first: what is left of an interrupted removal is no machine any more.
         self.record_file.unlink(missing_ok=True)
-        shutil.rmtree(self.path)
+        with contextlib.suppress(FileNotFoundError):  # somebody else is at it
+            shutil.rmtree(self.path)
 
     def clean_runtime(self) -> None:
         """Remove the sockets of a VM that is gone."""

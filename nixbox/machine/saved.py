@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
+from io import BufferedWriter
 from pathlib import Path
 
 from nixbox import paths
@@ -112,10 +112,10 @@ def _fault(path: Path, sealed: Mapping[str, int | str]) -> str | None:
     return None
 
 
-def create(path: Path) -> FileIO:
+def create(path: Path) -> BufferedWriter:
     """A new file for this user's eyes only, open for writing. Raises FileExistsError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0)
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
 
 
 def copy(source: Path, target: Path) -> None:

@@ -28,6 +28,7 @@ from nixbox.machine import saved
 
 MANIFEST = "snapshot.json"
 _FIRST_BYTES = 1 << 20
+_GOING_ON = "going-on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +108,41 @@ def reasons(directory: Path, kept: Manifest, wanted: Manifest) -> list[str]:
     if kept.invalidateReasons:
         return list(kept.invalidateReasons)
     found = [words for name, words in _WORDS.items() if getattr(kept, name) != getattr(wanted, name)]
+    if _lost_track(directory):
+        found.append("it was resumed before the host's last start")
     return found + saved.faults(directory)
 
 
 def invalidate(directory: Path, kept: Manifest, why: list[str]) -> None:
     """Take memory and state away; the manifest stays and says why."""
-    for name in ("memory", "state", saved.SEAL):
+    for name in ("memory", "state", saved.SEAL, _GOING_ON):
         (directory / name).unlink(missing_ok=True)
     write(directory, Manifest(**(asdict(kept) | {"invalidateReasons": tuple(why)})))
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def going_on(directory: Path) -> None:
+    """Remember, before a guest goes on from here, in which life of the host it did."""
+    paths.write_atomic(directory / _GOING_ON, _boot_id(), mode=0o600)
+
+
+def went_on(directory: Path) -> bool:
+    """Whether a guest has gone on from here."""
+    return (directory / _GOING_ON).exists()
+
+
+def _lost_track(directory: Path) -> bool:
+    """Whether a guest went on from here in a former life of the host: a power cut can lose the disk's new times."""
+    try:
+        return (directory / _GOING_ON).read_text() != _boot_id()
+    except FileNotFoundError:
+        return False
 
 
 def remove(directory: Path) -> None:

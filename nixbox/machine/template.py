@@ -34,10 +34,11 @@ MANIFEST = "template.json"
 class Key:
     """Everything that a saved guest depends on; a machine that differs in any of it cannot use the template.
 
-    `hypervisor` is its name and version, `cpu` the host's model and features where the guest sees them, `devices` the
-    hypervisor's command line without what is one machine's own. For stage `boot` the rest is None: no disk has
-    been looked at. For `ready`, `user` is the guest's user, `setup` the hash of the setup that ran (None: none did),
-    `files` that of the files which the base wants on a new disk.
+    `root` tells the root image's file from another one at the same store path (a build that used the network can have
+    another result the next time); `hypervisor` is its name and version, `cpu` the host's model and features where the
+    guest sees them, `devices` the hypervisor's command line without what is one machine's own. For stage `boot` the
+    rest is None: no disk has been looked at. For `ready`, `user` is the guest's user, `setup` the hash of the setup
+    that ran (None: none did), `files` that of the files which the base wants on a new disk.
     """
 
     stage: Stage
@@ -48,6 +49,7 @@ class Key:
     cpu: str
     vcpus: int
     memory_mib: int
+    root: str
     devices: tuple[str, ...]
     user: str | None = None
     setup: str | None = None
@@ -104,7 +106,7 @@ class Info:
 
 def directory() -> Path:
     """`$XDG_CACHE_HOME/nixbox/templates`, made and private."""
-    paths.private_dir(paths.cache_dir())
+    paths.cache_dir().mkdir(parents=True, exist_ok=True)
     return paths.private_dir(paths.cache_dir() / "templates")
 
 

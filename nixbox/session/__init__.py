@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import NotRunningError
+from nixbox.errors import ConfigError, NotRunningError
 from nixbox.guest import control, ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Reporter
@@ -111,7 +111,7 @@ class Sandbox:
         loaded = loaded or self.load()
         mirror, security = loaded.settings.debian_mirror, loaded.settings.debian_security_mirror
         image = self.plan(loaded).image
-        return ensure.ensure(self.workspace, image, mirror, security, self.report, locked=locked)
+        return ensure.ensure(self.workspace, image, mirror, security, self.report, locked=locked, phase=self.phase)
 
     # --- up ---
 
@@ -137,8 +137,7 @@ class Sandbox:
                 running = self._running(plan, env)
                 if running is not None:
                     return running
-            with self.phase("image"):
-                image = self.build(locked=locked, loaded=loaded)
+            image = self.build(locked=locked, loaded=loaded)
             with self.phase("prepare"):
                 choice = accelerator.choose(plan.machine.accelerator)
                 start = self._prepare(plan, image, choice, loaded, env)
@@ -147,7 +146,14 @@ class Sandbox:
                 begun = begin(start, plan, cold=cold)
                 start.publish(begun.how, begun.setup)
                 undo.pop_all()
+            if begun.how == "resumed":
+                self._remove_snapshot()  # it has gone on: what was saved is the past
             return self._finish(start, plan, begun)
+
+    def _remove_snapshot(self) -> None:
+        from nixbox.machine import snapshot
+
+        snapshot.remove(self.machine.snapshot)
 
     def busy(self) -> AbstractContextManager[None]:
         """Be the one command that changes the machine; another one is waited for, and that is said."""
@@ -195,7 +201,7 @@ class Sandbox:
 
     def _setup_done(self) -> str | None:
         """The hash of the setup that ran in the running guest."""
-        said = run.run([*self._reached().argv("-T"), "cat /var/lib/nixbox/setup-done"], timeout_s=60, check=False)
+        said = run.run([*self._reached().argv("-T"), "cat /var/lib/nixbox/setup-done 2>/dev/null || :"], timeout_s=60)
         return said.stdout.strip() or None
 
     def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
@@ -357,8 +363,26 @@ class Sandbox:
         self.require_running()
         with self.busy():
             self.report.phase(f"saving `{self.machine.name}`")
-            copies.suspend(self._of_running(self.load(), {}))
+            start = self._of_running(self.load(), {})
+            self._tell_what_it_needs(start)
+            copies.suspend(start)
             stop.end(self.machine, self._backend())
+
+    def _tell_what_it_needs(self, start: Start) -> None:
+        """A machine that options of `up` shaped is resumed with the same ones only: say so while it can be helped."""
+        from nixbox.config.settings import resolve_env
+
+        settings, record = start.settings, start.record
+        try:
+            env = self._env_hash(record.machine_id, resolve_env(settings, self.environ))
+        except ConfigError:
+            env = ""
+        shape = (settings.vcpus, settings.memory_mib)
+        if env != record.env_hash or (record.vcpus, record.memory_mib) != shape:
+            self.report.note(
+                "note: it was started with other resources or variables than the config has; only an `up` with the "
+                "same ones resumes it, any other starts it from its disk"
+            )
 
     def _of_running(self, loaded: Loaded, env: Mapping[str, str]) -> Start:
         """What a running machine was started with, whatever the config says by now. Under the busy lock."""
@@ -379,21 +403,27 @@ class Sandbox:
         """
         from nixbox.session import copies, forks
 
-        chosen = copies.free_names(self.workspace, prefix or self.machine.name, count)
+        chosen = copies.claim_names(self.workspace, prefix or self.machine.name, count)
         boxes = [Sandbox(self.workspace, name, self.overrides, self.report, self.environ) for name in chosen]
-        if not self.machine.exists():
+        try:
+            if self.machine.exists():
+                with self.busy():
+                    if self.machine.alive():
+                        return self._fork_running(boxes)
+                    forks.copy_disk(self.machine, boxes)
             return [box.up() for box in boxes]
-        with self.busy():
-            if not self.machine.alive():
-                forks.copy_disk(self.machine, boxes)
-            else:
-                return self._fork_running(boxes)
-        return [box.up() for box in boxes]
+        finally:
+            for box in boxes:
+                if not box.machine.exists() and not box.machine.alive():
+                    box.machine.remove()  # it came to nothing
 
     def _fork_running(self, boxes: Sequence[Sandbox]) -> list[Up]:
         from nixbox.config.settings import resolve_env
         from nixbox.session import forks
 
+        if not self.machine.load().ready:
+            raise NotRunningError(f"`{self.machine.name}` is only half started", hint="`nixbox up` starts it anew")
+        stop.heal(self.machine, self._backend())
         self._reached()
         loaded = self.load()
         parent = self._of_running(loaded, resolve_env(loaded.settings, self.environ))
@@ -476,8 +506,7 @@ class Sandbox:
 
         If this process is killed, the VM ends with it, and the next `run_once` removes what it left.
         """
-        for left in ephemeral_left(self.workspace):
-            left.remove()
+        sweep_ephemeral(self.workspace)
         try:
             self.up()
             return self.run(command, tty=tty, timeout_s=timeout_s, env=env, workdir=workdir)
@@ -494,17 +523,14 @@ def ephemeral_name() -> str:
     return f"run-{secrets.token_hex(4)}"
 
 
-def ephemeral_left(workspace: Path) -> list[MachineDir]:
-    """What ephemeral machines have left whose command was killed."""
+def sweep_ephemeral(workspace: Path) -> None:
+    """Remove what ephemeral machines have left whose command was killed."""
     machines = workspace / paths.CONFIG_DIR / "machines"
-    found = [MachineDir(workspace, path.name) for path in machines.glob("run-" + "[0-9a-f]" * 8)]
-    return [machine for machine in found if not machine.alive() and not machine.is_busy() and _was_ephemeral(machine)]
-
-
-def _was_ephemeral(machine: MachineDir) -> bool:
-    record = machine.load_or_none()
-    # Killed before its first record: the name alone could be a user's own.
-    return record.ephemeral if record is not None else not machine.exists()
+    for path in machines.glob("run-" + "[0-9a-f]" * 8):
+        machine = MachineDir(workspace, path.name)
+        record = machine.load_or_none()
+        if (record.ephemeral if record is not None else not machine.exists()) and not machine.alive():
+            machine.remove_if_idle()
 
 
 def default_machine(workspace: Path) -> str:

@@ -68,13 +68,17 @@ def _resume(start: Start) -> Begun | None:
             restored.tell("resume")
             done = restored.ready()
     except NixboxError as error:
-        report.note(f"not resumed: {error.message}")
         stop.abandon(machine, start.backend)
-        machine.prepare()
-        _forget_snapshot(start, "it could not be restored")
-        return None
-    # It has gone on: what was saved is the past.
-    snapshot.remove(machine.snapshot)
+        if snapshot.went_on(machine.snapshot):
+            report.note(f"not resumed: {error.message}")
+            machine.prepare()
+            _forget_snapshot(start, "it was restored and did not answer")
+            return None
+        # It never ran: what hinders it may pass, and its memory may be somebody's work.
+        raise NixboxError(
+            f"`{machine.name}` could not be resumed: {error.message}",
+            hint="what was saved is still there: try again, or start it from its disk with `nixbox up --cold`",
+        ) from None
     return Begun("resumed", done)
 
 
@@ -98,8 +102,8 @@ def _restore(start: Start, plan: Plan) -> Begun | None:
     limit_bytes = template_limit_bytes()
     try:
         found = Templates(start, plan, limit_bytes).get(stage)
-    except NixboxError as error:
-        report.note(f"no template could be made, so the machine boots: {error.message}")
+    except (NixboxError, OSError) as error:  # a cache that cannot be written, for one
+        report.note(f"no template could be made, so the machine boots: {error}")
         return None
     made = found.template
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ def resume(start: Start) -> Restored:
     state = (directory / "state").read_bytes()
     memory = os.open(directory / "memory", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        return start.restore(privately(memory), state, (memory,))
+        return start.restore(privately(memory), state, (memory,), going_on=lambda: snapshot.going_on(directory))
     finally:
         os.close(memory)
 
@@ -170,15 +171,20 @@ def _captured(parent: Start, child: MachineDir, memory: int) -> bytes:
     return state
 
 
-def free_names(workspace: Path, prefix: str, count: int) -> list[str]:
-    """The first `count` names PREFIX-1, PREFIX-2, … that no machine has. Raises NixboxError for a bad prefix."""
+def claim_names(workspace: Path, prefix: str, count: int) -> list[str]:
+    """Make the directories of `count` machines PREFIX-1, PREFIX-2, …, passing over those that are there.
+
+    Whoever else asks at the same time gets others. Raises ConfigError for a bad prefix.
+    """
     from nixbox.config import names
 
+    machines = paths.private_dir(workspace / paths.CONFIG_DIR / "machines")
     found: list[str] = []
     number = 0
     while len(found) < count:
         number += 1
         name = names.check_name(f"{prefix}-{number}", "machine name")
-        if not record.MachineDir(workspace, name).path.exists():
+        with contextlib.suppress(FileExistsError):
+            (machines / name).mkdir(mode=0o700)
             found.append(name)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ def copy_disk(parent: MachineDir, boxes: Sequence[Sandbox]) -> None:
         with box.busy():
             box.machine.prepare()
             saved.copy(parent.overlay, box.machine.overlay)
+            _copy_log(parent, box.machine)
             box.machine.save(
                 replace(
                     old,
@@ -58,6 +60,7 @@ def _child(box: Sandbox, parent: Start) -> Start:
     """A machine with all that is its own, to be started as a copy of a running one. Its disk is still to come."""
     machine = box.machine
     machine.prepare()
+    _copy_log(parent.machine, machine)
     store.add_root(machine.image_root, parent.image.path)
     ident = new_machine_id()
     record = replace(
@@ -71,6 +74,12 @@ def _child(box: Sandbox, parent: Start) -> Start:
     )
     machine.save(record)
     return replace(parent, machine=machine, record=record, phase=box.phase, report=box.report)
+
+
+def _copy_log(parent: MachineDir, child: MachineDir) -> None:
+    """The setup ran on the disk that it began with."""
+    if parent.setup_log.exists():
+        shutil.copyfile(parent.setup_log, child.setup_log)
 
 
 def _discard_unready(machine: MachineDir, parent: Start) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,27 +50,34 @@ def own_copy(fd: int) -> Iterator[int]:
 
 
 class Phases:
-    """How long each part of a start took, in seconds, in their order."""
+    """How long each part of a start took (seconds), in their order; a part inside another counts for itself only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # seconds of the parts inside each part that goes on now
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.seconds.setdefault(name, 0.0)
+        self._inside.append(0.0)
         start = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - start, 4)
+            took = time.monotonic() - start
+            self.seconds[name] = round(self.seconds[name] + took - self._inside.pop(), 4)
+            if self._inside:
+                self._inside[-1] += took
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A guest that goes on from a saved state and does not know yet who it is; a context manager."""
+    """A guest that stands where it was saved and does not know yet who it is; a context manager."""
 
     start: Start
     channel: control.Control
     shell: socket.socket | None
+    going_on: Callable[[], None]
 
     def __enter__(self) -> Restored:
         return self
@@ -81,8 +88,11 @@ class Restored:
             self.shell.close()
 
     def tell(self, how: control.How) -> None:
-        """Send the guest its identity."""
-        self.channel.go(self.start.go(how, restored=True))
+        """Let the guest go on, and send it its identity: it never runs long as somebody else."""
+        message = self.start.go(how, restored=True)
+        self.going_on()
+        self.start.backend.resume(self.start.machine.sockets)
+        self.channel.go(message)
 
     def ready(self) -> str:
         """Wait until it is that machine, and begin to open nixbox's own SSH connection if that is still to be done.
@@ -163,11 +173,18 @@ class Start:
             return self.restore(MemoryFile(Path(f"/proc/self/fd/{copy}"), shared=True), state, (copy,), held=held)
 
     def restore(
-        self, memory: MemoryFile, state: bytes, pass_fds: Sequence[int] = (), *, held: bool = False
+        self,
+        memory: MemoryFile,
+        state: bytes,
+        pass_fds: Sequence[int] = (),
+        *,
+        held: bool = False,
+        going_on: Callable[[], None] = lambda: None,
     ) -> Restored:
-        """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
+        """Bring a saved state into a VM; it goes on when it is told who it is.
 
         `held`: the guest's SSH server waits for its key, connected to its host; ours takes that host's place at once.
+        `going_on` is called before the guest goes on.
         """
         sockets = self.machine.sockets
         with self.phase("restore"), ExitStack() as undo:
@@ -178,11 +195,10 @@ class Start:
             channel = undo.enter_context(control.Control.connect(sockets.control))
             shell = undo.enter_context(ssh.connected(sockets.shell))
             self.backend.load(sockets, state, memory_is_file=True)
-            self.backend.resume(sockets)
             if held:
                 self.connect(shell)
             undo.pop_all()
-        return Restored(self, channel, None if held else shell)
+        return Restored(self, channel, None if held else shell, going_on)
 
     def identify(self, channel: control.Control, how: control.How, *, restored: bool) -> str:
         """Tell the guest who it is; returns the hash of the setup that ran on its disk, or `-`."""

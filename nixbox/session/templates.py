@@ -7,7 +7,6 @@ made from `boot` with a pristine disk, the profile's setup done, the SSH server 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -67,6 +66,7 @@ class Templates:
             cpu=template.host_cpu(record.accelerator),
             vcpus=record.vcpus,
             memory_mib=record.memory_mib,
+            root=_identity(start.image.file("root.squashfs")),
             devices=tuple(start.backend.shape(start.spec())),
             user=record.user if ready else None,
             setup=setup_hash(spec.setup) if ready and shared and spec.setup is not None else None,
@@ -186,17 +186,15 @@ class Templates:
 
     def _save(self, builder: Start, out: Path) -> None:
         sockets = builder.machine.sockets
-        begun = time.monotonic()
-        builder.backend.pause(sockets)
-        state = builder.backend.save(sockets, memory_is_file=True)
-        with saved.create(out / "state") as file:
-            file.write(state)
-        self._saving_s = time.monotonic() - begun
+        with self.start.phase("save"):
+            builder.backend.pause(sockets)
+            state = builder.backend.save(sockets, memory_is_file=True)
+            with saved.create(out / "state") as file:
+                file.write(state)
 
     def _publish(self, out: Path, key: Key) -> Found:
-        begun = time.monotonic()
-        template.publish(out, key)
-        self.start.phase.seconds["save"] = round(self._saving_s + time.monotonic() - begun, 4)
+        with self.start.phase("save"):
+            template.publish(out, key)
         found = template.find(key, self.start.report.note)
         if found is None:
             raise NixboxError("the template that was just made is gone", hint="try again, or use `nixbox up --cold`")
@@ -226,6 +224,11 @@ def collect(limit_bytes: int, say: Callable[[str], None], keep: str | None = Non
     for info in template.over_limit(template.every(), limit_bytes, keep):
         template.remove(template.directory() / info.ident)
         say(f"removed a template that was not used for long ({info.size_bytes >> 20} MiB)")
+
+
+def _identity(path: Path) -> str:
+    info = path.stat()
+    return f"{info.st_ino} {info.st_size} {info.st_ctime_ns}"
 
 
 def _new_directory(path: Path) -> Path:

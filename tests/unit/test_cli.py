@@ -278,7 +278,7 @@ def test_two_logs_at_once(call: Call, workspace: Path) -> None:
 def make_template(image: Path, vcpus: int, used: int) -> str:
     """One that holds next to nothing; returns its name."""
     devices = ("-m", "8M")
-    key = template.Key("boot", str(image), "qemu", "QEMU 7.2", "tcg", "emulated", vcpus, 8, devices)
+    key = template.Key("boot", str(image), "qemu", "QEMU 7.2", "tcg", "emulated", vcpus, 8, "1 2 3", devices)
 
     def unexpected() -> None:
         raise AssertionError

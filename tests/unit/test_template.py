@@ -34,6 +34,7 @@ BOOT = Key(
     cpu="emulated",
     vcpus=2,
     memory_mib=8,
+    root="1 2 3",
     devices=("-M", "q35", "-m", "8M"),
 )
 READY = replace(BOOT, stage="ready", user="dev", setup="aa", disk_mib=16, files="bb")
@@ -102,6 +103,7 @@ OTHER: dict[str, object] = {
     "cpu": "model 7",
     "vcpus": 3,
     "memory_mib": 9,
+    "root": "1 2 4",
     "devices": ("-M", "q35", "-m 8M"),
     "user": None,
     "setup": None,

@@ -71,7 +71,7 @@ def test_a_new_machine_is_restored_and_an_old_one_keeps_its_disk(workspace: Work
     guest = workspace("run", "-m", "other", "--", "sh", "-c", f"ls -A ~; {IDENTITY}").stdout
     assert "file" not in guest.split("\n")
     assert not set(guest.split()[-5:]) & set(before.split()) - {"-"}
-    assert set(other["phases"]) >= {"config", "image", "restore", "go", "ssh"}
+    assert set(other["phases"]) >= {"config", "lock", "build", "restore", "go", "ssh", "scripts"}
 
     cold = up(workspace, "third", "--cold")
     assert (cold["how"], cold["template"]) == ("booted", None)
