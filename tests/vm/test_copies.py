@@ -54,6 +54,18 @@ def test_a_fork_of_a_running_machine_goes_on_as_another(workspace: Workspace) ->
     workspace("fork", "--prefix", "Not a name", code=2)
 
 
+def test_two_forks_at_once_make_different_machines(workspace: Workspace) -> None:
+    workspace("up")
+    workspace.guest("echo mine > ~/file")
+    forks = [workspace.start("fork", "--count", "2") for _ in range(2)]
+    done = [fork.communicate(timeout=400) for fork in forks]
+    assert [fork.returncode for fork in forks] == [0, 0], done
+    names = [name for out, _ in done for name in out.decode().split()]
+    assert sorted(names) == ["box-1", "box-2", "box-3", "box-4"]
+    for name in names:
+        assert workspace("run", "-m", name, "--", "sh", "-c", "hostname; cat ~/file").stdout == f"{name}\nmine\n"
+
+
 def test_forks_of_a_stopped_machine_have_its_disk(workspace: Workspace) -> None:
     workspace("up")
     workspace.guest("echo kept > ~/file")
