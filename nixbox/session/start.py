@@ -72,12 +72,11 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A guest that stands where it was saved and does not know yet who it is; a context manager."""
+    """A guest that goes on from a saved state and does not know yet who it is; a context manager."""
 
     start: Start
     channel: control.Control
     shell: socket.socket | None
-    going_on: Callable[[], None]
 
     def __enter__(self) -> Restored:
         return self
@@ -88,11 +87,8 @@ class Restored:
             self.shell.close()
 
     def tell(self, how: control.How) -> None:
-        """Let the guest go on, and send it its identity: it never runs long as somebody else."""
-        message = self.start.go(how, restored=True)
-        self.going_on()
-        self.start.backend.resume(self.start.machine.sockets)
-        self.channel.go(message)
+        """Send the guest its identity."""
+        self.channel.go(self.start.go(how, restored=True))
 
     def ready(self) -> str:
         """Wait until it is that machine, and begin to open nixbox's own SSH connection if that is still to be done.
@@ -181,7 +177,7 @@ class Start:
         held: bool = False,
         going_on: Callable[[], None] = lambda: None,
     ) -> Restored:
-        """Bring a saved state into a VM; it goes on when it is told who it is.
+        """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
 
         `held`: the guest's SSH server waits for its key, connected to its host; ours takes that host's place at once.
         `going_on` is called before the guest goes on.
@@ -195,10 +191,12 @@ class Start:
             channel = undo.enter_context(control.Control.connect(sockets.control))
             shell = undo.enter_context(ssh.connected(sockets.shell))
             self.backend.load(sockets, state, memory_is_file=True)
+            going_on()
+            self.backend.resume(sockets)
             if held:
                 self.connect(shell)
             undo.pop_all()
-        return Restored(self, channel, None if held else shell, going_on)
+        return Restored(self, channel, None if held else shell)
 
     def identify(self, channel: control.Control, how: control.How, *, restored: bool) -> str:
         """Tell the guest who it is; returns the hash of the setup that ran on its disk, or `-`."""
