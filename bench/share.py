@@ -5,13 +5,13 @@ A guest maps the file privately: a page that it has written is a copy of its own
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from nixbox.machine import saved
 
 # Of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 _PRESENT, _SWAPPED, _FILE_OR_SHARED = 1 << 63, 1 << 62, 1 << 61
@@ -80,20 +80,6 @@ def copied(entries: array[int]) -> list[bool]:
     return [bool(entry & (_PRESENT | _SWAPPED)) and not entry & _FILE_OR_SHARED for entry in entries]
 
 
-def data_extents(fd: int) -> Iterator[tuple[int, int]]:
-    """Start and end, in bytes, of everything in a file that is no hole (lseek(2), SEEK_DATA)."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
-
-
 def of(pid: int, memory_mib: int) -> Share:
     """The share of a guest with this much memory, from its QEMU's process id. Raises LookupError, OSError."""
     process = Path(f"/proc/{pid}")
@@ -107,7 +93,7 @@ def of(pid: int, memory_mib: int) -> Share:
             own.update(enumerate(copied(entries), part.offset // page))
     fd = _open_backing(process, parts[0])
     try:
-        touched = [n for start, end in data_extents(fd) for n in range(start // page, -(-end // page)) if n in own]
+        touched = [n for start, end in saved.extents(fd) for n in range(start // page, -(-end // page)) if n in own]
     finally:
         os.close(fd)
     return Share(len(touched), sum(own[number] for number in touched))

@@ -106,7 +106,7 @@ class Qemu:
     def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
         """`migrate` into a pipe. With the memory in a shared file (x-ignore-shared) some 200 kB, else all of it."""
         with self._monitor(sockets) as qmp:
-            reading = _outgoing(qmp, memory_is_file)
+            reading = _through_pipe(qmp, "migrate", memory_is_file=memory_is_file)
             with os.fdopen(reading, "rb") as pipe:
                 state = pipe.read()  # QEMU closes its end when it is done, or has failed, or is gone
             _finished(qmp)
@@ -115,7 +115,7 @@ class Qemu:
     def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
         """`migrate-incoming` from a pipe."""
         with self._monitor(sockets) as qmp:
-            writing = _incoming(qmp, memory_is_file)
+            writing = _through_pipe(qmp, "migrate-incoming", memory_is_file=memory_is_file)
             with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb") as pipe:
                 pipe.write(state)
             _finished(qmp)
@@ -173,28 +173,18 @@ def _migrate(qmp: Qmp, command: str, fd: int, *, memory_is_file: bool) -> None:
     qmp.execute(command, {"uri": "fd:state"})
 
 
-def _outgoing(qmp: Qmp, memory_is_file: bool) -> int:
+def _through_pipe(qmp: Qmp, command: str, *, memory_is_file: bool) -> int:
+    """Begin a migration over a pipe; returns our end of it."""
     reading, writing = os.pipe()
+    ours, theirs = (reading, writing) if command == "migrate" else (writing, reading)
     try:
-        _migrate(qmp, "migrate", writing, memory_is_file=memory_is_file)
+        _migrate(qmp, command, theirs, memory_is_file=memory_is_file)
     except BaseException:
-        os.close(reading)
+        os.close(ours)
         raise
     finally:
-        os.close(writing)
-    return reading
-
-
-def _incoming(qmp: Qmp, memory_is_file: bool) -> int:
-    reading, writing = os.pipe()
-    try:
-        _migrate(qmp, "migrate-incoming", reading, memory_is_file=memory_is_file)
-    except BaseException:
-        os.close(writing)
-        raise
-    finally:
-        os.close(reading)
-    return writing
+        os.close(theirs)
+    return ours
 
 
 def _finished(qmp: Qmp, timeout_s: float = _SAVE_TIMEOUT_S) -> None:

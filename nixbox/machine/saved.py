@@ -27,7 +27,7 @@ _SMALL_BYTES = 4 << 20  # hashed in a few milliseconds: a device state, a manife
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
-def _extents(fd: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int) -> Iterator[tuple[int, int]]:
     """Start and end of everything that is not a hole (lseek(2), SEEK_DATA)."""
     end = 0
     while True:
@@ -46,7 +46,7 @@ def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()
-        for start, end in _extents(fd):
+        for start, end in extents(fd):
             digest.update(f"{start} {end}\n".encode())
             for at in range(start, end, _CHUNK_BYTES):
                 digest.update(os.pread(fd, min(_CHUNK_BYTES, end - at), at))
@@ -159,7 +159,7 @@ def copy_data(source: int, target: int) -> None:
     except OSError:  # another file system, or one that cannot
         pass
     os.ftruncate(target, os.fstat(source).st_size)
-    for start, end in _extents(source):
+    for start, end in extents(source):
         os.lseek(target, start, os.SEEK_SET)
         at = start
         while at < end:

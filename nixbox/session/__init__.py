@@ -201,7 +201,9 @@ class Sandbox:
 
     def _setup_done(self) -> str | None:
         """The hash of the setup that ran in the running guest."""
-        said = run.run([*self._reached().argv("-T"), "cat /var/lib/nixbox/setup-done 2>/dev/null || :"], timeout_s=60)
+        said = run.run(
+            [*stop.reached(self.machine).argv("-T"), "cat /var/lib/nixbox/setup-done 2>/dev/null || :"], timeout_s=60
+        )
         return said.stdout.strip() or None
 
     def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
@@ -305,7 +307,7 @@ class Sandbox:
                     f"(`nixbox rm {self.machine.name}` and `nixbox up` start a fresh one)"
                 )
             return "done before"
-        self._reached()
+        stop.reached(self.machine)
         failure = run_setup(self.machine, self.report, text)
         if failure is not None:
             raise failure
@@ -322,7 +324,7 @@ class Sandbox:
 
             title = f"script {number} of {script.origin}"
             self.report.phase(f"running {title}")
-            code = setup.run_script(self._reached(), title, script.text, None, self.report.output)
+            code = setup.run_script(stop.reached(self.machine), title, script.text, None, self.report.output)
             if code != 0:
                 self.report.note(f"warning: {title} failed with exit code {code}")
                 failed.append(title)
@@ -423,10 +425,9 @@ class Sandbox:
 
         if not self.machine.load().ready:
             raise NotRunningError(f"`{self.machine.name}` is only half started", hint="`nixbox up` starts it anew")
-        stop.heal(self.machine, self._backend())
-        self._reached()
         loaded = self.load()
         parent = self._of_running(loaded, resolve_env(loaded.settings, self.environ))
+        stop.reached(self.machine)
         self.report.phase(f"copying `{self.machine.name}`")
         forks.fork_running(parent, boxes)
         path, accelerator = parent.image.path, parent.record.accelerator
@@ -458,13 +459,7 @@ class Sandbox:
         if self.machine.paused.exists():
             with self.busy():
                 stop.heal(self.machine, self._backend())
-        return self._reached()
-
-    def _reached(self) -> ssh.Endpoint:
-        """How nixbox's own commands reach the guest, once their shared connection stands."""
-        machine, endpoint = self.machine, stop.endpoint(self.machine)
-        ssh.await_master(endpoint, machine.ssh_sockets[1], machine.sockets.shell, machine.vm_log)
-        return endpoint
+        return stop.reached(self.machine)
 
     def run(
         self,

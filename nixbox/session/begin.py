@@ -144,6 +144,6 @@ def _boot(start: Start, plan: Plan) -> Begun:
     machine.save(start.record)
     start.report.phase(f"booting `{machine.name}` ({start.record.accelerator})")
     with start.boot() as channel:
-        done = start.identify(channel, "boot", restored=False)
+        done = start.identify(channel)
         start.connect()
     return Begun("booted", done)

@@ -95,7 +95,7 @@ class Restored:
 
         Returns the hash of the setup that ran on its disk, or `-`.
         """
-        done = self.start.answer(self.channel)
+        done = self.start.answer(self.channel, RESTORE_TIMEOUT_S)
         if self.shell is not None:
             ssh.drop_stale(self.shell)
             self.start.connect(self.shell)
@@ -198,27 +198,26 @@ class Start:
             undo.pop_all()
         return Restored(self, channel, None if held else shell)
 
-    def identify(self, channel: control.Control, how: control.How, *, restored: bool) -> str:
-        """Tell the guest who it is; returns the hash of the setup that ran on its disk, or `-`."""
+    def identify(self, channel: control.Control) -> str:
+        """Tell a booting guest who it is; returns the hash of the setup that ran on its disk, or `-`."""
         with self.phase("go"):
-            channel.go(self.go(how, restored=restored))
-            return self.answer(channel, RESTORE_TIMEOUT_S if restored else BOOT_TIMEOUT_S)
+            channel.go(self.go("boot", restored=False))
+            return self.answer(channel, BOOT_TIMEOUT_S)
 
-    def answer(self, channel: control.Control, timeout_s: float = RESTORE_TIMEOUT_S) -> str:
+    def answer(self, channel: control.Control, timeout_s: float) -> str:
         """Wait for the guest's `ready`; returns the hash of the setup that ran on its disk, or `-`."""
         try:
             return channel.expect("ready", timeout_s)
         except control.GuestError as error:
             raise self.explained(error) from None
 
-    def connect(self, transport: socket.socket | None = None) -> ssh.Endpoint:
-        """Begin to open nixbox's own SSH connection, and let the record say how other programs connect."""
+    def connect(self, transport: socket.socket | None = None) -> None:
+        """Begin to open nixbox's own SSH connection."""
         machine, sockets, record = self.machine, self.machine.sockets, self.record
         with self.phase("ssh"):
             endpoint = ssh.write_exec_config(machine.ssh, machine.name, record.user, machine.ssh_sockets[1])
             with transport or ssh.connected(sockets.shell) as connection:
                 ssh.begin_master(endpoint, connection, machine.vm_log)
-        return endpoint
 
     def publish(self, how: str, setup: str) -> None:
         """The guest is ready: write down how it is reached."""

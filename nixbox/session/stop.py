@@ -22,6 +22,12 @@ def endpoint(machine: MachineDir) -> ssh.Endpoint:
     return ssh.Endpoint(machine.ssh / "exec", machine.name)
 
 
+def reached(machine: MachineDir) -> ssh.Endpoint:
+    """`endpoint`, once the shared connection stands. Raises HostError when none comes about."""
+    ssh.await_master(endpoint(machine), machine.ssh_sockets[1], machine.sockets.shell, machine.vm_log)
+    return endpoint(machine)
+
+
 def heal(machine: MachineDir, backend: Backend) -> None:
     """Let a machine go on that was paused by a command which was killed. Under the busy lock."""
     if machine.paused.exists():

@@ -162,9 +162,7 @@ class Templates:
         self.start.report.phase("making a template: starting the guest")
         restored.tell("boot")
         restored.ready()
-        machine = builder.machine
-        endpoint = stop.endpoint(machine)
-        ssh.await_master(endpoint, machine.ssh_sockets[1], machine.sockets.shell, machine.vm_log)
+        endpoint = stop.reached(builder.machine)
         run.run([*endpoint.argv("-T"), _WARM], timeout_s=_HOLD_TIMEOUT_S, check=False)
         failure = None
         if key.setup is not None:
