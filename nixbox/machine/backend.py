@@ -104,7 +104,7 @@ class Backend(Protocol):
         ...
 
     def move(self, source: Sockets, target: Sockets) -> None:
-        """Copy a VM's whole state, memory included, into one started with `incoming`; both are paused then."""
+        """Copy a paused VM's whole state, memory included, into one started with `incoming`, which does not run."""
         ...
 
     def status(self, sockets: Sockets) -> str:

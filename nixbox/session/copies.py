@@ -25,7 +25,7 @@ _SYNC_TIMEOUT_S = 120.0
 
 
 def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) -> bytes:
-    """Bring a guest's memory into a file, and return the state of its devices. The guest is paused afterwards.
+    """Pause a guest, bring its memory into a file, and return the state of its devices.
 
     A second QEMU takes the guest over from the first, its memory in the file, and saves it as a template is saved. It
     never runs. So whatever the guest's memory was, what comes out is one format, which is mapped and not read when a
@@ -40,6 +40,7 @@ def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) ->
     other = replace(start, machine=keeper, phase=Phases(), bound=True)
     try:
         other.launch(other.spec(memory, incoming=True), pass_fds)
+        start.backend.pause(start.machine.sockets)
         start.backend.move(start.machine.sockets, keeper.sockets)
         return start.backend.save(keeper.sockets, memory_is_file=True)
     finally:
@@ -81,7 +82,6 @@ def suspend(start: Start) -> None:
         channel.sync(_SYNC_TIMEOUT_S)  # if the snapshot cannot be used one day, the disk alone must do
     try:
         machine.paused.touch(mode=0o600)
-        start.backend.pause(machine.sockets)
         saved.create(new / "memory").close()
         state = capture(start, MemoryFile(new / "memory", shared=True))
         with saved.create(new / "state") as file:
@@ -136,7 +136,7 @@ class Copy:
 
 @contextmanager
 def copied(parent: Start, children: list[MachineDir]) -> Iterator[Copy]:
-    """Copy a running guest and give each of `children` a copy of its disk; it stands still for the last moment only.
+    """Copy a running guest, which stands still meanwhile, and give each of `children` a copy of its disk.
 
     The memory is in no file system: it goes when the last machine that began with it has ended.
     """
