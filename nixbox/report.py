@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -125,3 +127,24 @@ class LiveReporter(LineReporter):
 def for_stderr(*, quiet: bool = False) -> Reporter:
     """The reporter that suits this stderr; `quiet` says only notes where a display could not be taken away."""
     return LiveReporter() if sys.stderr.isatty() else NoteReporter() if quiet else LineReporter()
+
+
+class Phases:
+    """How long each part of a start took (seconds), in their order; a part inside another counts for itself only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # seconds of the parts inside each part that goes on now
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.seconds.setdefault(name, 0.0)
+        self._inside.append(0.0)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - start
+            self.seconds[name] = round(self.seconds[name] + took - self._inside.pop(), 4)
+            if self._inside:
+                self._inside[-1] += took

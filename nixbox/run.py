@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,6 +144,34 @@ def run(
     if check and out.code != 0:
         raise CommandError(argv, out.code, out.stderr or out.stdout, hint)
     return out
+
+
+@contextlib.contextmanager
+def beside(argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Run a short command while the body runs, and wait for it at the body's end.
+
+    Raises as `run` does; if the body raises, the command is ended and only that goes on.
+    """
+    argv = [tool(argv[0]), *argv[1:]]
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=child_env(env)
+    )
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    try:
+        said, _ = process.communicate(timeout=timeout_s)
+    except BaseException as error:
+        process.kill()
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TimeoutExpired(f"`{shlex.join(argv)}` did not finish within {timeout_s:g} s") from None
+        raise
+    if process.returncode != 0:
+        raise CommandError(argv, process.returncode, said.decode(errors="replace"))
 
 
 def stream(

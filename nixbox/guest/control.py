@@ -9,7 +9,6 @@ docs/decisions/003-control-channel.md.
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import shlex
 import socket
@@ -82,7 +81,7 @@ class Go:
             "address": self.address,
             "gateway": self.gateway,
             "dns": self.dns,
-            "entropy": secrets.token_hex(32),
+            "entropy": os.urandom(32).hex(),
             "host_key": self.host_key.decode().strip(),
             "dropbear_key": "".join(f"\\0{byte:03o}" for byte in self.dropbear_key),  # for printf %b: it holds NULs
             "authorized_key": self.authorized_key.decode().strip(),

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
-from nixbox.guest.control import env_text
 
 _TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 20  # of ssh itself, up to the server's first words
@@ -169,6 +168,8 @@ def marked(endpoint: Endpoint, run_id: str, line: str, env: Mapping[str, str]) -
     standard input. Raises CommandError when the guest cannot be reached.
     """
     if env or len(os.fsencode(line)) > _LONGEST_LINE:
+        from nixbox.guest.control import env_text
+
         file = f"/run/nixbox/scripts/run-{run_id}"
         text = f"/run/nixbox/busybox rm -f {file}\n{env_text(env)}NIXBOX_LINE={shlex.quote(line)}\n"
         run.run([*endpoint.argv("-T"), f"umask 077; cat >{file}"], timeout_s=_TIMEOUT_S, stdin=text)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,9 +217,15 @@ def roots_of(path: Path) -> list[Path]:
 
 def add_root(link: Path, path: Path) -> None:
     """Make `link` a symlink to a store path and register it as a garbage collector root."""
+    with adding_root(link, path):
+        pass
+
+
+def adding_root(link: Path, path: Path) -> AbstractContextManager[None]:
+    """`add_root`, done when the body is: Nix takes some 20 ms, in which a machine is half way up."""
     link.unlink(missing_ok=True)
     argv = ["nix-store", "--realise", str(path), "--add-root", str(link), "--indirect"]
-    _nix(argv)
+    return run.beside(argv, timeout_s=_TIMEOUT_S, env=env())
 
 
 def dead(paths: Iterable[Path]) -> list[Path]:

@@ -122,9 +122,9 @@ class Qemu:
     def move(self, source: Sockets, target: Sockets) -> None:
         """`migrate` of one QEMU into another, through a pipe between them.
 
-        The guest has to stand still: QEMU 7.2 loses writes of one that runs under software emulation meanwhile (its
-        vCPUs go on without marking pages dirty; mended upstream in 9.0, "physmem: Fix migration dirty bitmap coherency
-        with TCG memory access").
+        The guest has to stand still: QEMU 7.2 loses writes of one that runs under software emulation meanwhile. Its
+        vCPUs go on without marking pages dirty; mended upstream in 9.0 ("physmem: Fix migration dirty bitmap
+        coherency with TCG memory access").
         """
         with self._monitor(source) as giver, self._monitor(target) as taker:
             reading, writing = os.pipe()

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import signal
 import time
@@ -326,7 +325,7 @@ def _flock(fd: int, wait_s: float) -> None:
 
 def new_machine_id() -> str:
     """A random machine-id: 32 hexadecimal digits (machine-id(5))."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 def all_machines(workspace: Path) -> list[MachineDir]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -16,12 +14,10 @@ from typing import TYPE_CHECKING, Self
 from nixbox import paths, run
 from nixbox.config import names
 from nixbox.errors import ConfigError, NotRunningError
-from nixbox.guest import control, ssh
+from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
-from nixbox.report import Reporter
+from nixbox.report import Phases, Reporter
 from nixbox.session import stop
-from nixbox.session.begin import Begun, How, begin
-from nixbox.session.start import Phases, Start
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
@@ -29,6 +25,8 @@ if TYPE_CHECKING:
     from nixbox.machine.accelerator import Choice
     from nixbox.machine.backend import Backend
     from nixbox.plan.model import Plan
+    from nixbox.session.begin import Begun, How
+    from nixbox.session.start import Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +121,7 @@ class Sandbox:
         """
         from nixbox.config.settings import resolve_env
         from nixbox.machine import accelerator
+        from nixbox.session.begin import begin
 
         with self.phase("config"):
             loaded = self.load()
@@ -143,12 +142,24 @@ class Sandbox:
                 start = self._prepare(plan, image, choice, loaded, env)
             with ExitStack() as undo:
                 undo.callback(self._abandon)
-                begun = begin(start, plan, cold=cold)
+                with self._rooted(image):
+                    begun = begin(start, plan, cold=cold)
                 start.publish(begun.how, begun.setup)
                 undo.pop_all()
             if begun.how == "resumed":
                 self._remove_snapshot()  # it has gone on: what was saved is the past
             return self._finish(start, plan, begun)
+
+    def _rooted(self, image: Image) -> AbstractContextManager[None]:
+        """Keep the image from the garbage collector for as long as the machine is there."""
+        from nixbox.image import store
+
+        link = self.machine.image_root
+        old = self.machine.load_or_none()
+        known = old is not None and (old.image, old.workspace) == (str(image.path), str(self.workspace))
+        if self.ephemeral or (known and link.is_symlink()):  # a workspace that was moved is rooted anew
+            return nullcontext()
+        return store.adding_root(link, image.path)
 
     def _remove_snapshot(self) -> None:
         from nixbox.machine import snapshot
@@ -176,6 +187,8 @@ class Sandbox:
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
         self._tell_what_waits(plan, record)
+        from nixbox.guest import control
+
         with control.Control.connect(self.machine.sockets.control) as channel:
             channel.push_env(env, stop.STOP_TIMEOUT_S)
         self.machine.update(env_hash=self._env_hash(record.machine_id, env))
@@ -208,7 +221,6 @@ class Sandbox:
 
     def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
         """Directories, keys and record: all that a start needs but the disk of a new machine."""
-        from nixbox.image import store
         from nixbox.machine import overlay, record
 
         machine, spec = self.machine, plan.machine
@@ -226,13 +238,6 @@ class Sandbox:
                 self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
         if old is not None and old.image != str(image.path):
             self.report.note("the image has changed: the machine's own files stay on top of the new one")
-        where = str(self.workspace)
-        if not self.ephemeral and (
-            old is None
-            or (old.image, old.workspace) != (str(image.path), where)
-            or not machine.image_root.is_symlink()
-        ):
-            store.add_root(machine.image_root, image.path)  # a workspace that was moved is rooted anew
         new = record.Record(
             name=machine.name,
             machine_id=old.machine_id if old else record.new_machine_id(),
@@ -244,7 +249,7 @@ class Sandbox:
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
             disk_mib=max(spec.disk_mib, disk_mib),
-            workspace=where,
+            workspace=str(self.workspace),
             ephemeral=self.ephemeral,
             return_memory=spec.return_memory,
         )
@@ -252,6 +257,8 @@ class Sandbox:
         return self._start(new, image, loaded, env)
 
     def _start(self, record: Record, image: Image, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        from nixbox.session.start import Start
+
         return Start(
             machine=self.machine,
             record=record,
@@ -296,6 +303,7 @@ class Sandbox:
         text = plan.machine.setup
         if text is None:
             return "none"
+        from nixbox.guest import control
         from nixbox.guest.setup import setup_hash
         from nixbox.session.templates import run_setup
 
@@ -475,7 +483,7 @@ class Sandbox:
         Signals that reach us are sent to it. Raises NotRunningError when the machine is not up.
         """
         endpoint = self.require_running()
-        run_id = secrets.token_hex(8)
+        run_id = os.urandom(8).hex()
 
         def forward(sig: signal.Signals) -> None:
             ssh.send_signal(endpoint, run_id, sig)
@@ -515,7 +523,7 @@ class Sandbox:
 
 def ephemeral_name() -> str:
     """A name for a machine that lasts for one command."""
-    return f"run-{secrets.token_hex(4)}"
+    return f"run-{os.urandom(4).hex()}"
 
 
 def sweep_ephemeral(workspace: Path) -> None:
@@ -533,6 +541,8 @@ def default_machine(workspace: Path) -> str:
 
     A config that cannot be read or names something impossible is loaded in full, which raises ConfigError.
     """
+    import tomllib
+
     file = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
     try:
         name = tomllib.loads(file.read_text(encoding="utf-8")).get("name", names.default_name(workspace))

@@ -14,8 +14,9 @@ from nixbox import paths
 from nixbox.guest import control
 from nixbox.machine import record, saved, snapshot, template, usage
 from nixbox.machine.backend import MemoryFile
+from nixbox.report import Phases
 from nixbox.session import stop
-from nixbox.session.start import Phases, Restored, Start, privately
+from nixbox.session.start import Restored, Start, privately
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir

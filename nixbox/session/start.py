@@ -17,6 +17,7 @@ from nixbox.errors import ConfigError, NixboxError
 from nixbox.guest import control, ssh
 from nixbox.machine import overlay, qemu_args, saved
 from nixbox.machine.backend import MemoryFile, VmSpec
+from nixbox.report import Phases
 
 if TYPE_CHECKING:
     import socket
@@ -47,27 +48,6 @@ def own_copy(fd: int) -> Iterator[int]:
         yield copy
     finally:
         os.close(copy)
-
-
-class Phases:
-    """How long each part of a start took (seconds), in their order; a part inside another counts for itself only."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inside: list[float] = []  # seconds of the parts inside each part that goes on now
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.seconds.setdefault(name, 0.0)
-        self._inside.append(0.0)
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            took = time.monotonic() - start
-            self.seconds[name] = round(self.seconds[name] + took - self._inside.pop(), 4)
-            if self._inside:
-                self._inside[-1] += took
 
 
 @dataclass(frozen=True, slots=True)

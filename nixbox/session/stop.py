@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nixbox import run
 from nixbox.errors import NixboxError
-from nixbox.guest import control, ssh
+from nixbox.guest import ssh
 
 if TYPE_CHECKING:
     from nixbox.machine.backend import Backend
@@ -53,6 +53,8 @@ def stop(machine: MachineDir, backend: Backend) -> str:
 
 def _power_off(machine: MachineDir, backend: Backend) -> bool:
     """Ask the guest's init to sync and power off; whether it did within the bound."""
+    from nixbox.guest import control
+
     try:
         if backend.status(machine.sockets) != "running":
             return False

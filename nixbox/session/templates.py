@@ -17,8 +17,9 @@ from nixbox.guest import ssh
 from nixbox.machine import overlay, saved, template
 from nixbox.machine.backend import MemoryFile
 from nixbox.machine.record import MachineDir, new_machine_id
+from nixbox.report import Phases
 from nixbox.session import stop
-from nixbox.session.start import Phases, Restored, Start
+from nixbox.session.start import Restored, Start
 
 if TYPE_CHECKING:
     from pathlib import Path

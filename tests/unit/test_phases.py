@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nixbox.session.start import Phases
+from nixbox.report import Phases
 
 
 def test_a_part_inside_another_counts_for_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,30 @@ def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert gone(int(pid_file.read_text()))
 
 
+def test_a_command_beside_the_body_has_ended_after_it(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    with run.beside(python(f"open({str(written)!r}, 'w').write('x')"), timeout_s=30):
+        pass
+    assert written.read_text() == "x"
+    with pytest.raises(CommandError, match="broken"), run.beside(python("exit('broken')"), timeout_s=30):
+        written.unlink()
+    assert not written.exists(), "the body ran"
+
+
+def test_a_command_beside_a_body_that_failed_is_ended(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    code = f"import os, time; open({str(pid_file)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+    with pytest.raises(ZeroDivisionError), run.beside(python(code), timeout_s=30):
+        wait_for(lambda: pid_file.exists() and pid_file.read_text().endswith(" "), "the command runs")
+        _ = 1 / 0
+    assert gone(int(pid_file.read_text()))
+
+
+def test_a_command_beside_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(TimeoutExpired), run.beside(python("import time; time.sleep(600)"), timeout_s=0.2):
+        pass
+
+
 def test_a_failure_can_be_pasted() -> None:
     argv = python("import sys; print('why', file=sys.stderr); sys.exit(9)", "it's", "a b", "$HOME", "new\nline", "")
     with pytest.raises(CommandError) as caught:
