@@ -19,6 +19,7 @@ from nixbox.guest.control import Control, Go, How
 from nixbox.image import store
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import MemoryFile, Sockets, VmSpec
+from nixbox.network import inside, namespace, policy
 from nixbox.plan.model import Accelerator
 
 TIMEOUT_S = 240.0
@@ -59,6 +60,7 @@ class Bare:
         self.sockets = Sockets.in_dir(work)
         ssh.make_keys(work)
         self.process: subprocess.Popen[bytes] | None = None
+        self.network: namespace.Namespace | None = None
 
     def start(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
         """Start QEMU; its sockets accept at once."""
@@ -69,8 +71,15 @@ class Bare:
                 listener.bind(str(path))
                 listener.listen()
                 listeners.append(listener.fileno())
-            argv = qemu_args.argv(spec, qemu_args.Fds(*listeners), sandbox=sys.platform == "linux")
-            self.process = subprocess.Popen(argv, pass_fds=(*listeners, *pass_fds), stdin=subprocess.DEVNULL)
+            self.network = namespace.create()
+            fds = qemu_args.Fds(listeners[0], listeners[1], listeners[2], self.network.tap)
+            argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
+            self.process = subprocess.Popen(
+                argv,
+                pass_fds=(*listeners, self.network.tap, *pass_fds),
+                stdin=subprocess.DEVNULL,
+                preexec_fn=self.network.join_for_good,
+            )
 
     def go(self, how: How, *, restored: bool, image: Path) -> Go:
         """An identity like that of any machine, but for an environment and files."""
@@ -84,9 +93,9 @@ class Bare:
             grow=False,
             machine_id=os.urandom(16).hex(),
             time_s=int(time.time()),
-            address=qemu_args.GUEST_ADDRESS,
-            gateway=qemu_args.GUEST_GATEWAY,
-            dns=qemu_args.GUEST_DNS,
+            address=f"{policy.GUEST}/{policy.PREFIX}",
+            gateway=policy.GATEWAY,
+            dns=policy.GATEWAY,
             host_key=host_key,
             dropbear_key=ssh.dropbear_key(host_key.decode()),
             authorized_key=(self.work / "user_key.pub").read_bytes(),
@@ -99,9 +108,31 @@ class Bare:
         endpoint = ssh.write_exec_config(self.work, NAME, self.user, self.work / "none")
         self._true(endpoint, "-o", "ProxyCommand=-", stdio=transport.fileno())
 
-    def by_openssh(self, port: int) -> None:
-        """`ssh … true` as another program would call it, with the settings of `nixbox ssh-config`."""
-        self._true(ssh.write_config(self.work, NAME, self.user, port, self.work / "none"))
+    def by_openssh(self) -> None:
+        """`ssh … true` at OpenSSH in the guest, over TCP and the guest's network card, with nixbox's own settings."""
+        endpoint = ssh.write_exec_config(self.work, NAME, self.user, self.work / "none")
+        with self._tcp(22) as connection:
+            self._true(endpoint, "-o", "ProxyCommand=-", stdio=connection.fileno())
+
+    def _tcp(self, port: int) -> socket.socket:
+        """A connection to a port of the guest, made in its namespace, where nothing filters."""
+        assert self.network is not None
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            child = os.fork()
+            if child == 0:
+                try:
+                    namespace.join(self.network.user, self.network.net)
+                    inside.set_up_device()
+                    with socket.create_connection((policy.GUEST, port), TIMEOUT_S) as made:
+                        made.settimeout(None)
+                        socket.send_fds(theirs, [b"x"], [made.fileno()])
+                finally:
+                    os._exit(0)
+            theirs.close()
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            os.waitpid(child, 0)
+        return socket.socket(fileno=fds[0])
 
     def _true(self, endpoint: ssh.Endpoint, *options: str, stdio: int = subprocess.DEVNULL) -> None:
         """A connection of its own. `-n`: the command must not read standard input, which may be that connection."""
@@ -113,6 +144,9 @@ class Bare:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+        if self.network is not None:
+            with self.network:
+                self.network = None
 
 
 class ColdGuest:

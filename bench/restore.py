@@ -77,7 +77,6 @@ def restore(work: Path, image: Path) -> Times:
         begun = time.perf_counter()
         guest.by_dropbear(transport)
         dropbear = time.perf_counter() - begun
-        port = qemu.port(guest.sockets, qemu_args.SSH_PORT)
         begun = time.perf_counter()
-        guest.by_openssh(port)
+        guest.by_openssh()
         return Times(running, ready, dropbear, time.perf_counter() - begun)

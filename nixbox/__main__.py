@@ -14,7 +14,9 @@ def program() -> NoReturn:
     # What modules are made of stays: to look for garbage among it again and again is a tenth of a command's start.
     gc.set_threshold(50_000)
     # Until the command line can answer it, Ctrl-C ends us as it ends any program, without a traceback of imports.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # and not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from nixbox.cli import main
 
     if handler is signal.default_int_handler:

@@ -36,6 +36,7 @@ def examine() -> Iterator[Finding]:
     yield _apt()
     yield from _mirror()
     yield from _namespaces()
+    yield from _network()
     yield from _space()
 
 
@@ -111,6 +112,30 @@ def _namespaces() -> Iterator[Finding]:
     else:
         hint = "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or ask who runs this host"
         yield Finding("missing", "user namespaces", f"forbidden on this host: {done.stderr.strip()}", hint)
+
+
+def _network() -> Iterator[Finding]:
+    """What a machine's network is made of; every mode needs the first two, and those that let out the third."""
+    if sys.platform != "linux":
+        yield Finding("missing", "network", "machines have a network on Linux hosts only in this version")
+        return
+    import ctypes
+
+    from nixbox.network import namespace, watch
+
+    try:
+        with namespace.create():
+            yield Finding("ok", "network namespaces", "allowed, with a device for the guest (/dev/net/tun)")
+    except NixboxError as error:
+        yield Finding("missing", "network namespaces", error.message, error.hint)
+    try:
+        ctypes.CDLL(watch.library())
+        yield Finding("ok", "nftables", "filters what leaves a guest")
+    except OSError:
+        yield Finding(
+            "missing", "nftables", f"the library {watch.library()} is not on this host", "apt install nftables"
+        )
+    yield _program("pasta", "connects a guest with the outside, in modes `open` and `filtered`")
 
 
 def _space() -> Iterator[Finding]:

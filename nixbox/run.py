@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from nixbox.errors import ExitCode, HostError, NixboxError, TimeoutExpired
 
@@ -33,6 +33,8 @@ _ENV_EXACT = frozenset(
 )
 _ENV_PREFIXES = ("LC_", "NIX_", "XDG_")
 
+Process: TypeAlias = subprocess.Popen[bytes]
+
 # Which Debian package holds a program, for the hint when it is missing.
 _PACKAGES = {
     "apt-cache": "apt",
@@ -42,6 +44,7 @@ _PACKAGES = {
     "nix": "nix-bin",
     "nix-instantiate": "nix-bin",
     "nix-store": "nix-bin",
+    "pasta": "passt",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
@@ -264,10 +267,14 @@ def spawn(
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
     stdio: int | None = None,
-) -> subprocess.Popen[bytes]:
+    inside: Callable[[], None] | None = None,
+    talk: bool = False,
+) -> Process:
     """Start a process that outlives this one: its own session, no standard input, output appended to `log`.
 
     With `stdio`, a descriptor, that is its standard input and output, and only what it says on stderr goes to `log`.
+    With `talk` these two are pipes. `inside` is called in the new process before it executes the program. Raises
+    HostError when that fails.
     """
     argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -275,14 +282,17 @@ def spawn(
     try:
         return subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL if stdio is None else stdio,
-            stdout=fd if stdio is None else stdio,
+            stdin=subprocess.PIPE if talk else subprocess.DEVNULL if stdio is None else stdio,
+            stdout=subprocess.PIPE if talk else fd if stdio is None else stdio,
             stderr=fd,
             start_new_session=True,
             pass_fds=pass_fds,
             env=child_env(env),
             cwd="/",
+            preexec_fn=inside,
         )
+    except subprocess.SubprocessError as error:  # of `inside`; Python tells no more of it
+        raise HostError(f"the process of `{argv[0]}` could not be prepared: {error}") from None
     finally:
         os.close(fd)
 

@@ -36,7 +36,7 @@ class MachineView:
     disk_mib: int
     disk_used_bytes: int
     user: str
-    ssh_port: int | None
+    network: str
     pid: int | None
     created_at: int
     started_at: int | None
@@ -73,7 +73,7 @@ def machine_view(machine: MachineDir) -> MachineView:
         disk_mib=record.disk_mib,
         disk_used_bytes=allocated_bytes(machine.overlay) if machine.overlay.exists() else 0,
         user=record.user,
-        ssh_port=record.ssh_port if alive else None,
+        network=str(record.network.get("mode", "")),
         pid=record.pid if alive else None,
         created_at=record.created_at,
         started_at=record.started_at if alive else None,
@@ -91,7 +91,7 @@ def machine_views(machines: list[MachineDir]) -> list[MachineView]:
         try:
             found.append(machine_view(machine))
         except NixboxError:
-            nothing = (str(machine.workspace), "", "", "", 0, 0, 0, 0, "", None, None, 0, None, False)
+            nothing = (str(machine.workspace), "", "", "", 0, 0, 0, 0, "", "", None, 0, None, False)
             found.append(MachineView(machine.name, "damaged", *nothing))
     return found
 

@@ -6,7 +6,7 @@
 let
   python = pkgs.python3Packages;
   dependencies = py: [ py.cffi py.nix-prefetch-github py.pydantic py.sh py.tomlkit py.typer ];
-  programs = [ pkgs.e2fsprogs pkgs.openssh pkgs.qemu pkgs.util-linux ];
+  programs = [ pkgs.e2fsprogs pkgs.openssh pkgs.passt pkgs.qemu pkgs.util-linux ];
   # The user's own come first: nix should be the one of the running daemon, apt the one that knows the host's
   # mirrors and keys.
   fallbacks = [ pkgs.apt pkgs.nix ];
@@ -23,6 +23,7 @@ in
     pythonImportsCheck = [ "nixbox" ];
     makeWrapperArgs = [
       "--prefix" "PATH" ":" (pkgs.lib.makeBinPath programs)
+      "--set-default" "NIXBOX_LIBNFTABLES" "${pkgs.nftables}/lib/libnftables.so.1"
       "--suffix" "PATH" ":" (pkgs.lib.makeBinPath fallbacks)
     ];
     meta = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import stores
+from nixbox.cli import net, stores
 from nixbox.cli.common import Json, print_json
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -69,6 +69,8 @@ app = typer.Typer(
 )
 app.add_typer(stores.image_app, name="image")
 app.add_typer(stores.template_app, name="template")
+app.add_typer(net.net_app, name="net")
+app.add_typer(net.port_app, name="port")
 
 
 def _complete_machine(incomplete: str) -> list[str]:
@@ -340,6 +342,7 @@ def status(name: Name = None, as_json: Json = False) -> None:
             resident, shared = view.size(found.memory.resident), view.size(found.memory.shared)
             print(f"memory       {resident} resident, {shared} of it shared")
         print(f"disk         {used} used of {found.disk_mib} MiB")
+        print(f"network      {found.network}")
         if found.how:
             print(f"came up      {found.how}")
         for reason in found.snapshot:

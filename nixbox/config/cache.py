@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nixbox import paths
-from nixbox.config.settings import TEMPLATE_LIMIT_MIB, EnvEntry, Loaded, Mount, Overrides, Settings
+from nixbox.config.settings import TEMPLATE_LIMIT_MIB, EnvEntry, Loaded, Mount, Overrides, Published, Settings
 from nixbox.errors import NixboxError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def _settings(values: dict[str, Any], env: dict[str, Any]) -> Settings:
 
     fields = {name: tuples(value) for name, value in values.items()}
     fields["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
+    fields["published"] = tuple(Published(**port) for port in values["published"])
     fields["hooks"] = {event: tuple(commands) for event, commands in values["hooks"].items()}
     fields["env"] = tuple(
         EnvEntry(entry["name"], None if entry["from_host"] else env[entry["name"]], entry["from_host"])

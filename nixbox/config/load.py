@@ -15,7 +15,7 @@ from nixbox import paths
 from nixbox.config import schema
 from nixbox.config.names import default_name, is_name, shown
 from nixbox.config.schema import Config, Fault, Plugin, Profile
-from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, Settings
+from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, Published, Settings
 from nixbox.errors import ConfigError
 
 DEFAULT = "default"
@@ -252,6 +252,8 @@ def _layer(model: Config | Profile | Plugin, base: str, *, defaults: bool = Fals
         tree["resources"] = {"disk": tree.pop("disk")["size"]}
     if "mounts" in tree:
         tree["mounts"] = [Mount(**mount) for mount in tree["mounts"]]
+    if "ports" in tree:
+        tree["ports"] = [Published(**port) for port in tree["ports"]]
     for name, value in tree.get("env", {}).items():
         entry = EnvEntry(name, from_host=value["from_host"]) if isinstance(value, dict) else EnvEntry(name, value)
         tree["env"][name] = entry
@@ -288,6 +290,8 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         network_mode=values["network.mode"],
         domains=tuple(values["network.domains"]),
         ports=tuple(values["network.ports"]),
+        allow_private=values["network.allow_private"],
+        published=tuple(values["ports"]),
         env=tuple(value for path, value in values.items() if path.startswith("env.")),
         scripts=with_origin("scripts"),
         hooks={event: tuple(values[f"hooks.{event}"]) for event in schema.EVENTS},
@@ -331,7 +335,9 @@ def _tree(settings: Settings) -> dict[str, Any]:
             "mode": settings.network_mode,
             "domains": list(settings.domains),
             "ports": list(settings.ports),
+            "allow_private": settings.allow_private,
         },
+        "ports": [dataclasses.asdict(port) for port in settings.published],
         "env": env,
         "hooks": {event: list(commands) for event, commands in settings.hooks.items()},
         "debian": {

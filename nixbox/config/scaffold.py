@@ -35,6 +35,9 @@ ${base}
 # Shell scripts that run in the guest on every `nixbox up`, in order.
 #scripts = []
 
+# Ports of the guest that this host's loopback has as well: [{ host = 8080, guest = 80 }]
+#ports = []
+
 [resources]
 #vcpus = ${vcpus}
 #memory = "${memory}"
@@ -50,10 +53,13 @@ ${base}
 #readonly = ${mount_readonly}
 
 [network]
-# "off": nothing leaves the guest. "filtered": only the domains and ports below. "open": the internet.
+# "off": nothing leaves the guest. "filtered": only the domains below with their subdomains, at these TCP ports
+# (80 and 443 if there are none). "open": the internet.
 #mode = "${mode}"
 #domains = []
 #ports = []
+# true: private and link-local addresses too. This host's own loopback is never reached.
+#allow_private = ${allow_private}
 
 # Variables for the guest: a literal, or a variable of this host. This file is committed, so name secrets
 # by from_host.
@@ -132,6 +138,7 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         mount_target=mount.target,
         mount_readonly=json.dumps(mount.readonly),
         mode=default.network.mode,
+        allow_private=str(default.network.allow_private).lower(),
         suite=default.debian.suite,
         accelerator=default.machine.accelerator,
     )

@@ -165,6 +165,11 @@ def _check_plugin(value: str) -> str:
     return value
 
 
+def domain_fault(value: str) -> str | None:
+    """What is wrong with a domain, or None."""
+    return None if re.fullmatch(_DOMAIN, value) else f"{shown(value)} is not {_A_DOMAIN}"
+
+
 def is_plugin_ref(value: object) -> bool:
     """Whether `value` is well-formed as an entry of `plugins`."""
     try:
@@ -197,13 +202,9 @@ Script = Annotated[str, NoNul]
 EnvName = Annotated[str, AfterValidator(_check_env_name)]
 HostPath = Annotated[str, AfterValidator(_check_host_path)]
 GuestPath = Annotated[HostPath, AfterValidator(_check_target)]
-Domain = Annotated[
-    str,
-    _matching(
-        rf"{_LABEL}(\.{_LABEL})*",
-        "a domain such as `example.org` (its subdomains are covered; no `*`, no URL)",
-    ),
-]
+_DOMAIN = rf"(\*\.)?{_LABEL}(\.{_LABEL})*"
+_A_DOMAIN = "a domain such as `example.org` or `*.example.org` (subdomains are covered either way; no URL)"
+Domain = Annotated[str, _matching(_DOMAIN, _A_DOMAIN)]
 Port = Annotated[int, _between(1, 65535)]
 PluginRef = Annotated[str, AfterValidator(_check_plugin)]
 Mirror = Annotated[str, AfterValidator(_check_url)]
@@ -255,12 +256,20 @@ class MountTable(_Model):
     readonly: bool = False
 
 
+class PortTable(_Model):
+    """A port of the host's loopback, and the guest's port that answers there."""
+
+    host: Port
+    guest: Port
+
+
 class Network(_Model):
     """What the guest may reach."""
 
     mode: NetworkMode = "open"
     domains: list[Domain] = []
     ports: list[Port] = []
+    allow_private: bool = False
 
 
 class FromHost(_Model):
@@ -307,6 +316,7 @@ class Config(_Model):
     resources: Resources = Resources()
     mounts: list[MountTable] = [MountTable(source=".", target="~/workspace")]
     network: Network = Network()
+    ports: list[PortTable] = []
     env: dict[EnvName, EnvValue] = {}
     hooks: Hooks = Hooks()
     debian: Debian = Debian()

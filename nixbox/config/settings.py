@@ -26,6 +26,14 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """A TCP port of the guest's own loopback that the host's loopback has as `host`."""
+
+    host: int
+    guest: int
+
+
+@dataclass(frozen=True, slots=True)
 class EnvEntry:
     """A variable for the guest: a literal `value` or the host variable to take it from, never both."""
 
@@ -66,6 +74,8 @@ class Settings:
     network_mode: NetworkMode
     domains: tuple[str, ...]
     ports: tuple[int, ...]
+    allow_private: bool
+    published: tuple[Published, ...]
     env: tuple[EnvEntry, ...]
     scripts: tuple[tuple[str, str], ...]
     hooks: Mapping[str, tuple[str, ...]]  # every event of schema.EVENTS is a key

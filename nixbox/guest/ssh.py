@@ -108,9 +108,16 @@ def write_exec_config(directory: Path, name: str, user: str, control: Path) -> E
     return _write_config(directory, "exec", name, user, {"ProxyCommand": "false"}, control)
 
 
-def write_config(directory: Path, name: str, user: str, port: int, control: Path) -> Endpoint:
-    """Write `config`, for other programs: OpenSSH in the guest, at `port` of the host's loopback."""
-    return _write_config(directory, "config", name, user, {"HostName": "127.0.0.1", "Port": str(port)}, control)
+def write_config(directory: Path, name: str, user: str, control: Path) -> Endpoint:
+    """Write `config`, for other programs: OpenSSH in the guest, reached through nixbox's own connection.
+
+    That goes over a serial port, so whatever the network's mode is makes no difference.
+    """
+    inner = ["ssh", "-F", str(directory / "exec"), "-W", "127.0.0.1:22", name]
+    # A shell runs it, and ssh expands its own tokens in it before (ssh_config(5)).
+    return _write_config(
+        directory, "config", name, user, {"ProxyCommand": shlex.join(inner).replace("%", "%%")}, control
+    )
 
 
 def _write_config(

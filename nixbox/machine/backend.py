@@ -65,6 +65,19 @@ class Sockets:
         return cls(directory / "ctl", directory / "qmp", directory / "ssh")
 
 
+class Network(Protocol):
+    """The namespace that a VM's process is to live in, and the device in it that is the guest's network card."""
+
+    @property
+    def tap(self) -> int:
+        """The TAP device, an open descriptor."""
+        ...
+
+    def join_for_good(self) -> None:
+        """Called in the VM's process before it executes the hypervisor. Raises OSError."""
+        ...
+
+
 class Backend(Protocol):
     """Starts and stops virtual machines. The process it starts holds the machine's lock as long as it lives."""
 
@@ -83,12 +96,18 @@ class Backend(Protocol):
         """Everything of a VM that its saved state depends on, without what is a machine's own (names, paths)."""
         ...
 
-    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path, pass_fds: Sequence[int] = ()) -> int:
-        """Start a machine; returns its process id. The control socket accepts at once."""
-        ...
+    def start(
+        self,
+        spec: VmSpec,
+        sockets: Sockets,
+        network: Network,
+        log: Path,
+        pass_fds: Sequence[int],
+    ) -> int:
+        """Start a machine; returns its process id. The control socket accepts at once.
 
-    def port(self, sockets: Sockets, guest_port: int) -> int:
-        """The TCP port on the host's loopback that reaches `guest_port`."""
+        It inherits `pass_fds`: the machine's lock, and whatever else lasts as long as it does.
+        """
         ...
 
     def pause(self, sockets: Sockets) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, Sockets, VmSpec
+from nixbox.machine.backend import Features, Network, Sockets, VmSpec
 from nixbox.machine.qmp import Qmp, QmpClosed
 
 _PROGRAM = "qemu-system-x86_64"
@@ -74,28 +73,26 @@ class Qemu:
         """QEMU's command line without what is one machine's own."""
         return qemu_args.shape(spec)
 
-    def start(self, spec: VmSpec, sockets: Sockets, lock_fd: int, log: Path, pass_fds: Sequence[int] = ()) -> int:
-        """Start QEMU with the listening sockets and the machine's lock as inherited descriptors."""
+    def start(
+        self,
+        spec: VmSpec,
+        sockets: Sockets,
+        network: Network,
+        log: Path,
+        pass_fds: Sequence[int],
+    ) -> int:
+        """Start QEMU in its network namespace with the listening sockets and `pass_fds` as inherited descriptors."""
         with (
             _listen(sockets.control) as control,
             _listen(sockets.monitor) as monitor,
             _listen(sockets.shell) as shell,
         ):
-            fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno())
+            fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno(), network.tap)
             argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
             if spec.bound and sys.platform == "linux":
                 argv = ["setpriv", "--pdeathsig", "KILL", run.tool(argv[0]), *argv[1:]]
-            return run.spawn(argv, log=log, pass_fds=(fds.control, fds.monitor, fds.shell, lock_fd, *pass_fds)).pid
-
-    def port(self, sockets: Sockets, guest_port: int) -> int:
-        """Read QEMU's own table of forwarded ports (`info usernet`)."""
-        with self._monitor(sockets) as qmp:
-            table = qmp.execute("human-monitor-command", {"command-line": "info usernet"})
-        # "  TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0"
-        found = re.search(rf"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{guest_port}\s", table)
-        if found is None:
-            raise NixboxError(f"QEMU forwards no port to the guest's port {guest_port}:\n{table}")
-        return int(found[1])
+            inherited = (fds.control, fds.monitor, fds.shell, fds.tap, *pass_fds)
+            return run.spawn(argv, log=log, pass_fds=inherited, inside=network.join_for_good).pid
 
     def pause(self, sockets: Sockets) -> None:
         """`stop`: also drains the disks and flushes them."""

@@ -8,13 +8,6 @@ from pathlib import Path
 
 from nixbox.machine.backend import VmSpec
 
-SSH_PORT = 22  # in the guest, for whatever wants to connect; nixbox's own sessions take a serial port
-
-# The guest side of QEMU's user network (docs/system/devices/net.rst): the same in every machine.
-GUEST_ADDRESS = "10.0.2.15/24"
-GUEST_GATEWAY = "10.0.2.2"
-GUEST_DNS = "10.0.2.3"
-
 KERNEL_ARGS = (
     "console=ttyS0",
     "quiet",
@@ -31,11 +24,12 @@ TCG_KERNEL_ARGS = ("mitigations=off", "tsc=reliable")
 
 @dataclass(frozen=True, slots=True)
 class Fds:
-    """Listening unix sockets that QEMU inherits: it never binds a path itself, so nobody polls for one."""
+    """What QEMU inherits: listening unix sockets, so that it never binds a path itself, and the TAP device."""
 
     control: int
     monitor: int
     shell: int
+    tap: int
 
 
 def _escape(path: Path) -> str:
@@ -116,8 +110,7 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *("-device", "virtserialport,chardev=shell,name=nixbox.shell"),
         *_disk("root", spec.root, readonly=True),
         *_disk("overlay", spec.overlay, readonly=False),
-        # Port 0: the kernel picks a free one and the monitor tells which; no race for a port.
-        *("-netdev", f"user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-:{SSH_PORT}"),
+        *("-netdev", f"tap,id=net,fd={fds.tap}"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-object", "rng-builtin,id=rng"),
         *("-device", "virtio-rng-pci,rng=rng"),
@@ -146,4 +139,4 @@ def shape(spec: VmSpec) -> list[str]:
         memory_file=None,
         incoming=False,
     )
-    return argv(nothing, Fds(-1, -1, -1), sandbox=False)
+    return argv(nothing, Fds(-1, -1, -1, -1), sandbox=False)

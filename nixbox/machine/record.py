@@ -15,14 +15,17 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from nixbox import paths
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
 
 FORMAT = 1
+GUARD_LOCK = "guard"  # in the runtime directory
+_GUARD_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,11 @@ class Record:
     """`machine.json`: what a machine is made of and how it was last started.
 
     `image` is a store path; `created_at` and `started_at` are seconds since the epoch; `ready` says that the last
-    start came to its end; `ssh_port`, `pid` and `started_at` are those of the last start; `setup` is the hash of the
+    start came to its end; `pid` and `started_at` are those of the last start; `setup` is the hash of the
     setup that ran (None: none yet); `workspace` is where the machine was last started; `how` says how that went (see
     session.Up); `ephemeral` machines end with the command that they were made for; `env_hash` is that of the
-    environment which the guest was given (see snapshot.env_hash); `return_memory` is the config's.
+    environment which the guest was given (see snapshot.env_hash); `return_memory` is the config's;
+    `network` the policy that it was started with (plan.model.Policy).
     """
 
     name: str
@@ -47,7 +51,6 @@ class Record:
     memory_mib: int
     disk_mib: int
     ready: bool = False
-    ssh_port: int | None = None
     pid: int | None = None
     started_at: int | None = None
     setup: str | None = None
@@ -56,6 +59,7 @@ class Record:
     ephemeral: bool = False
     env_hash: str = ""
     return_memory: bool = False
+    network: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -235,9 +239,20 @@ class MachineDir:
             shutil.rmtree(self.path)
 
     def clean_runtime(self) -> None:
-        """Remove the sockets of a VM that is gone."""
+        """Remove the sockets of a VM that is gone, once the process that watched over its network has followed it."""
+        self._await_guard()
         shutil.rmtree(self.runtime, ignore_errors=True)
         self.paused.unlink(missing_ok=True)
+
+    def _await_guard(self) -> None:
+        """It holds a lock as long as it lives, and ends a moment after the VM (see network.watch)."""
+        with contextlib.suppress(OSError), (self.runtime / GUARD_LOCK).open("rb") as file:
+            end = time.monotonic() + _GUARD_TIMEOUT_S
+            while time.monotonic() < end:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                time.sleep(0.002)
 
     def holders(self) -> list[int]:
         """The processes that have the liveness lock's file open (Linux: /proc), without this one."""

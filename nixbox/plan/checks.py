@@ -23,16 +23,14 @@ def check(loaded: Loaded) -> None:
 
     if settings.base == "nixpkgs":
         refuse("base", 'this version has the `debian` base only; use base = "debian"')
-    if settings.network_mode != "open":
-        refuse(
-            "network.mode",
-            f"`{settings.network_mode}` cannot be enforced by this version, and a machine is never given a wider "
-            'network than its config says; only mode = "open" works so far',
-        )
-    if settings.domains:
-        refuse("network.domains", "this version has no network filter; remove them")
-    if settings.ports:
-        refuse("network.ports", "this version has no network filter; remove them")
+    if settings.network_mode != "filtered":
+        for field in ("domains", "ports"):
+            if getattr(settings, field):
+                refuse(f"network.{field}", f'only mode = "filtered" has any; the mode is "{settings.network_mode}"')
+    hosts = [port.host for port in settings.published]
+    for i, port in enumerate(hosts):
+        if port in hosts[:i]:
+            refuse(f"ports[{i}].host", f"port {port} of the host is taken by an earlier entry")
     if any(_is_set(loaded, f"mounts[{i}]") for i in range(len(settings.mounts))):
         refuse("mounts", "this version cannot mount host directories; use scp or rsync with `nixbox ssh-config`")
     for event, commands in settings.hooks.items():

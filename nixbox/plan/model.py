@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
 
@@ -28,6 +29,33 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What a guest may reach. `domains` cover their subdomains; `ports` are TCP ports (none: 80 and 443).
+
+    Both matter in `filtered` only; `allow_private` opens private and link-local ranges in both modes that let out.
+    """
+
+    mode: Literal["off", "filtered", "open"]
+    domains: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    allow_private: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """For a pipe or a file; `from_json` reads it."""
+        return {
+            "mode": self.mode,
+            "domains": list(self.domains),
+            "ports": list(self.ports),
+            "allow_private": self.allow_private,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Policy:
+        """What `as_json` wrote. Raises KeyError."""
+        return cls(data["mode"], tuple(data["domains"]), tuple(data["ports"]), data["allow_private"])
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """What a machine is made of beside its image; changing any of it rebuilds nothing."""
 
@@ -41,6 +69,8 @@ class MachineSpec:
     setup_env: bool
     scripts: tuple[Script, ...]
     env_names: tuple[str, ...]
+    network: Policy
+    published: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

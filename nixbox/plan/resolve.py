@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nixbox.plan import checks
-from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Script
+from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Policy, Script
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
@@ -33,5 +33,7 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         setup_env=settings.setup_env,
         scripts=tuple(Script(origin, text) for origin, text in settings.scripts),
         env_names=tuple(entry.name for entry in settings.env),
+        network=Policy(settings.network_mode, settings.domains, settings.ports, settings.allow_private),
+        published=tuple((port.host, port.guest) for port in settings.published),
     )
     return Plan(image, spec, checks.notices(loaded))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import ConfigError, NotRunningError
+from nixbox.errors import ConfigError, NixboxError, NotRunningError
 from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Phases, Reporter
-from nixbox.session import stop
+from nixbox.session import net, stop
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
@@ -177,7 +177,7 @@ class Sandbox:
         """What to do about a live VM: go on with it, heal it, or (None) start over."""
         # A record that cannot be read raises: the machine may be in somebody's use, and is left alone.
         record = self.machine.load() if self.machine.exists() else None
-        if record is None or not record.ready or record.ssh_port is None:
+        if record is None or not record.ready:
             self.report.note(f"`{self.machine.name}` was left half started; starting it again")
             stop.end(self.machine, self._backend())
             return None
@@ -186,6 +186,7 @@ class Sandbox:
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
+        net.heal(self.machine, record, self.report)
         self._tell_what_waits(plan, record)
         from nixbox.guest import control
 
@@ -194,6 +195,7 @@ class Sandbox:
         self.machine.update(env_hash=self._env_hash(record.machine_id, env))
         # The guest's own marker, not the record: a start may have been cut off between the two.
         setup = self._setup(plan, self._setup_done() if plan.machine.setup is not None else None)
+        self._publish_ports(plan)
         failed = self._scripts(plan)
         return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
 
@@ -206,11 +208,23 @@ class Sandbox:
         shape = (spec.vcpus, spec.memory_mib, spec.return_memory)
         if (record.vcpus, record.memory_mib, record.return_memory) != shape:
             changed.append("resources")
+        if record.network != spec.network.as_json():
+            changed.append("network")
         image = ensure.current(self.workspace, plan.image)
         if image is None or str(image.path) != record.image:
             changed.append("image")
         if changed:
             self.report.note(f"note: changed: {', '.join(changed)}; `nixbox down` and `nixbox up` put it into effect")
+
+    def _publish_ports(self, plan: Plan) -> None:
+        """Those of the config, and those that were added to the machine before."""
+        from nixbox.session import ports
+
+        for published in ports.wanted(self.machine, plan.machine.published):
+            try:
+                ports.publish(self.machine, published)
+            except NixboxError as error:
+                self.report.note(f"note: {error.message}")
 
     def _setup_done(self) -> str | None:
         """The hash of the setup that ran in the running guest."""
@@ -252,11 +266,14 @@ class Sandbox:
             workspace=str(self.workspace),
             ephemeral=self.ephemeral,
             return_memory=spec.return_memory,
+            network=spec.network.as_json(),
         )
         new = replace(new, env_hash=self._env_hash(new.machine_id, env))
         return self._start(new, image, loaded, env)
 
     def _start(self, record: Record, image: Image, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        from nixbox.network.watch import Watch
+        from nixbox.plan.model import Policy
         from nixbox.session.start import Start
 
         return Start(
@@ -269,6 +286,7 @@ class Sandbox:
             report=self.report,
             phase=self.phase,
             bound=self.ephemeral,
+            watch=Watch(Policy.from_json(record.network) if record.network else Policy("off")),
         )
 
     def _env_hash(self, machine_id: str, env: Mapping[str, str]) -> str:
@@ -284,6 +302,7 @@ class Sandbox:
             setup = self._setup(plan, None if begun.setup == "-" else begun.setup)
             if begun.made and begun.template == "ready" and setup == "done before":
                 setup = "ran"
+        self._publish_ports(plan)
         with self.phase("scripts"):
             failed = self._scripts(plan)
         return Up(

@@ -14,6 +14,7 @@ from nixbox import paths
 from nixbox.guest import control
 from nixbox.machine import record, saved, snapshot, template, usage
 from nixbox.machine.backend import MemoryFile
+from nixbox.network.watch import Watch
 from nixbox.report import Phases
 from nixbox.session import stop
 from nixbox.session.start import Restored, Start, privately
@@ -38,7 +39,7 @@ def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) ->
     with keeper.overlay.open("wb") as disk:
         disk.truncate(start.machine.overlay.stat().st_size)  # never read or written: the guest does not run
     keeper.save(start.record)
-    other = replace(start, machine=keeper, phase=Phases(), bound=True)
+    other = replace(start, machine=keeper, phase=Phases(), bound=True, watch=Watch())
     try:
         other.launch(other.spec(memory, incoming=True), pass_fds)
         start.backend.pause(start.machine.sockets)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nixbox.image import store
 from nixbox.machine import saved, snapshot
 from nixbox.machine.record import new_machine_id
+from nixbox.network.watch import Watch
 from nixbox.session import copies, stop
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def copy_disk(parent: MachineDir, boxes: Sequence[Sandbox]) -> None:
                     machine_id=new_machine_id(),
                     created_at=int(time.time()),
                     ready=False,
-                    ssh_port=None,
                 )
             )
 
@@ -69,11 +69,11 @@ def _child(box: Sandbox, parent: Start) -> Start:
         machine_id=ident,
         created_at=int(time.time()),
         ready=False,
-        ssh_port=None,
         env_hash=snapshot.env_hash(ident, parent.env),
     )
     machine.save(record)
-    return replace(parent, machine=machine, record=record, phase=box.phase, report=box.report)
+    watch = Watch(parent.watch.policy)
+    return replace(parent, machine=machine, record=record, phase=box.phase, report=box.report, watch=watch)
 
 
 def _copy_log(parent: MachineDir, child: MachineDir) -> None:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 
 from nixbox.errors import ConfigError, NixboxError
 from nixbox.guest import control, ssh
-from nixbox.machine import overlay, qemu_args, saved
+from nixbox.machine import overlay, saved
 from nixbox.machine.backend import MemoryFile, VmSpec
+from nixbox.network import namespace, policy
+from nixbox.network.watch import Watch
 from nixbox.report import Phases
+from nixbox.session import net
 
 if TYPE_CHECKING:
     import socket
@@ -95,6 +98,7 @@ class Start:
     report: Reporter
     phase: Phases = field(default_factory=Phases)
     bound: bool = False
+    watch: Watch = field(default_factory=Watch)
 
     def spec(self, memory: MemoryFile | None = None, *, incoming: bool = False) -> VmSpec:
         """The VM that the record describes."""
@@ -115,11 +119,18 @@ class Start:
         )
 
     def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
-        """Start the hypervisor; from here on the machine lives."""
+        """Start the hypervisor in a network namespace of its own, and its guard; from here on the machine lives."""
         machine = self.machine
         machine.rotate_logs()
-        with machine.hold_lock() as lock_fd:
-            pid = self.backend.start(spec, machine.sockets, lock_fd, machine.vm_log, pass_fds)
+        with namespace.create() as network, machine.hold_lock() as lock_fd:
+            ended, alive = os.pipe()  # the VM's process has the one end; the guard sees when nobody has it any more
+            try:
+                self.watch.begin(machine.name, net.files(machine), network.user, network.net, ended)
+                passed = (lock_fd, alive, *pass_fds)
+                pid = self.backend.start(spec, machine.sockets, network, machine.vm_log, passed)
+            finally:
+                os.close(ended)
+                os.close(alive)
         machine.update(pid=pid, started_at=int(time.time()))
 
     def boot(self, memory: MemoryFile | None = None) -> control.Control:
@@ -202,10 +213,13 @@ class Start:
     def publish(self, how: str, setup: str) -> None:
         """The guest is ready: write down how it is reached."""
         machine = self.machine
+        with self.phase("network"):
+            trouble = self.watch.settle()
+            if trouble is not None:
+                self.report.note(f"note: the machine has no way out for now: {trouble}")
         with self.phase("record"):
-            port = self.backend.port(machine.sockets, qemu_args.SSH_PORT)
-            ssh.write_config(machine.ssh, machine.name, self.record.user, port, machine.ssh_sockets[0])
-            machine.update(ready=True, ssh_port=port, how=how, setup=None if setup == "-" else setup)
+            ssh.write_config(machine.ssh, machine.name, self.record.user, machine.ssh_sockets[0])
+            machine.update(ready=True, how=how, setup=None if setup == "-" else setup)
 
     def go(self, how: control.How, *, restored: bool) -> control.Go:
         """All that is individual to this machine."""
@@ -220,9 +234,9 @@ class Start:
             grow=overlay.filesystem_mib(machine.overlay) < overlay.size_mib(machine.overlay),
             machine_id=record.machine_id,
             time_s=int(time.time()),
-            address=qemu_args.GUEST_ADDRESS,
-            gateway=qemu_args.GUEST_GATEWAY,
-            dns=qemu_args.GUEST_DNS,
+            address=f"{policy.GUEST}/{policy.PREFIX}",
+            gateway=policy.GATEWAY,
+            dns=policy.GATEWAY,
             host_key=host_key,
             dropbear_key=ssh.dropbear_key(host_key.decode()),
             authorized_key=(machine.ssh / "user_key.pub").read_bytes(),

@@ -17,6 +17,7 @@ from nixbox.guest import ssh
 from nixbox.machine import overlay, saved, template
 from nixbox.machine.backend import MemoryFile
 from nixbox.machine.record import MachineDir, new_machine_id
+from nixbox.network.watch import Watch
 from nixbox.report import Phases
 from nixbox.session import stop
 from nixbox.session.start import Restored, Start
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from nixbox.guest.control import Control
     from nixbox.machine.template import Key, Stage, Template
-    from nixbox.plan.model import Plan
+    from nixbox.plan.model import Plan, Policy
     from nixbox.report import Reporter
 
 _HOLD_TIMEOUT_S = 60.0
@@ -92,7 +93,7 @@ class Templates:
             with self.start.phase("template"):
                 return self._make_boot(key, work) if stage == "boot" else self._make_ready(key, work)
 
-    def _builder(self, work: Path, key: Key) -> Start:
+    def _builder(self, work: Path, key: Key, policy: Policy | None) -> Start:
         """A guest of nobody's: throw-away keys, no environment, and it ends when we do."""
         machine = MachineDir(work, key.ident[:12], work / "vm")
         machine.prepare()
@@ -103,7 +104,6 @@ class Templates:
             pid=None,
             ready=False,
             setup=None,
-            ssh_port=None,
             ephemeral=True,
         )
         machine.save(record)
@@ -115,10 +115,11 @@ class Templates:
             settings=self.start.settings,
             phase=Phases(),
             bound=True,
+            watch=Watch(policy),
         )
 
     def _make_boot(self, key: Key, work: Path) -> Found:
-        builder = self._builder(work, key)
+        builder = self._builder(work, key, None)
         self.start.report.phase(f"making a template: booting ({key.accelerator})")
         out = _new_directory(work / "out")
         with builder.machine.overlay.open("wb") as disk:
@@ -133,7 +134,7 @@ class Templates:
     def _make_ready(self, key: Key, work: Path) -> Found:
         boot = self.get("boot").template
         try:
-            builder = self._builder(work, key)
+            builder = self._builder(work, key, self.start.watch.policy if key.setup is not None else None)
             out = _new_directory(work / "out")
             with saved.create(out / "memory") as memory:
                 saved.copy_data(boot.memory, memory.fileno())
@@ -168,6 +169,7 @@ class Templates:
         failure = None
         if key.setup is not None:
             assert self.plan.machine.setup is not None
+            builder.watch.settle()
             failure = run_setup(builder.machine, builder.report, self.plan.machine.setup)
             if failure is not None and self.plan.machine.env_names:
                 failure.hint = (

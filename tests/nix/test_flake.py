@@ -42,7 +42,8 @@ STAND_IN = """
         ];
       in
       plain [
-        "apt" "e2fsprogs" "gnumake" "nix" "nixfmt" "nixfmt-tree" "openssh" "qemu" "ruff" "util-linux"
+        "apt" "e2fsprogs" "gnumake" "nftables" "nix" "nixfmt" "nixfmt-tree" "openssh" "passt" "qemu" "ruff"
+        "util-linux"
       ] // {
         lib = {
           makeBinPath = packages: builtins.concatStringsSep ":" (map (package: "${package}/bin") packages);

@@ -170,7 +170,9 @@ def test_a_config_that_is_no_toml(call: Call, workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('network.mode = "filtered"\n', "network.mode"),
+        ('network.domains = ["example.org"]\n', "network.domains"),
+        ("network.ports = [80]\n", "network.ports"),
+        ("ports = [{ host = 1, guest = 1 }, { host = 1, guest = 2 }]\n", "ports[1].host"),
         ('base = "nixpkgs"\n', "base"),
         ('hooks.pre-up = ["true"]\n', "hooks.pre-up"),
         ('mounts = [{ source = ".", target = "~/w" }]\n', "mounts"),

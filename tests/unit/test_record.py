@@ -95,8 +95,8 @@ def test_a_record_comes_back(machine: MachineDir) -> None:
 
 def test_update_changes_only_what_it_names(machine: MachineDir) -> None:
     machine.save(RECORD)
-    changed = machine.update(ready=True, ssh_port=4000)
-    assert changed == machine.load() == dataclasses.replace(RECORD, ready=True, ssh_port=4000)
+    changed = machine.update(ready=True, pid=4000)
+    assert changed == machine.load() == dataclasses.replace(RECORD, ready=True, pid=4000)
 
 
 def test_a_machine_that_is_not_there(machine: MachineDir) -> None:

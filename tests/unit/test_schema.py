@@ -112,6 +112,7 @@ base = "nixpkgs"
 plugins = ["git", "./tools/p", "/opt/p", "~/p"]
 packages = { debian = ["libstdc++6"], nixpkgs = ["python3Packages.requests", "gtk+3"] }
 scripts = ["echo a\\necho b"]
+ports = [{ host = 1, guest = 65535 }]
 resources = { vcpus = 256, memory = "128MiB", disk = "256M" }
 mounts = [{ source = "..", target = "/srv/x", readonly = true }]
 network = { mode = "filtered", domains = ["example.org", "localhost"], ports = [1, 65535] }
@@ -166,7 +167,7 @@ ONE_FAULT = [
     (Config, 'mounts = [{source = ".", target = "/a/../x"}]', "mounts[0].target: `/a/../x` is not a place"),
     (Config, 'mounts = [{source = ".", target = "/a", readonly = 1}]', "mounts[0].readonly: must be true or"),
     (Config, 'network.mode = "none"', "network.mode: must be `off`, `filtered` or `open`, not `none`"),
-    (Config, 'network.domains = ["*.x.org"]', "network.domains[0]: `*.x.org` is not a domain"),
+    (Config, 'network.domains = ["*x.org"]', "network.domains[0]: `*x.org` is not a domain"),
     (Config, 'network.domains = ["https://x.org"]', "network.domains[0]: `https://x.org` is not a domain"),
     (Config, "network.ports = [65536]", "network.ports[0]: 65536 is out of range"),
     (Config, 'env."a b" = "x"', 'env."a b": is not a variable name'),

@@ -108,14 +108,14 @@ def test_a_stopped_machine(tmp_path: Path) -> None:
         view.machine_view(machine)
     machine.prepare()
     record = Record("web-1", "0" * 32, "dev", 1, "/nix/store/x", "qemu", "tcg", 2, 2048, 10240)
-    machine.save(dataclasses.replace(record, ready=True, ssh_port=4000, pid=12, started_at=5, setup="aa"))
+    machine.save(dataclasses.replace(record, ready=True, network={"mode": "off"}, pid=12, started_at=5, setup="aa"))
     found = view.machine_view(machine)
-    assert (found.state, found.ssh_port, found.pid, found.started_at) == ("stopped", None, None, None)
+    assert (found.state, found.network, found.pid, found.started_at) == ("stopped", "off", None, None)
     assert (found.disk_used_bytes, found.setup_done) == (0, True)
     machine.overlay.write_bytes(b"x" * 8192)
     with machine.hold_lock():  # lives, but nobody answers on its monitor
         found = view.machine_view(machine)
-        assert (found.state, found.ssh_port, found.pid) == ("running", 4000, 12)
+        assert (found.state, found.network, found.pid) == ("running", "off", 12)
         machine.update(ready=False)
         assert view.machine_view(machine).state == "starting"
     assert found.disk_used_bytes >= 8192

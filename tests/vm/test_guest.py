@@ -154,10 +154,9 @@ def test_copying_files_with_plain_scp_and_sftp(running: Workspace, tmp_path: Pat
         subprocess.run(["scp", "-q", *options, "-F", config, "box:copy", tmp_path / "down"], check=True, env=env)
         assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
     # Without the machine's key nobody gets in, and a wrong host key is refused.
-    port, user = running.status()["ssh_port"], running.status()["user"]
-    options = ["-F", "none", "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={tmp_path / 'any'}"]
+    keys = ["-o", "IdentityFile=none", "-o", "ControlPath=none", "-o", "NumberOfPasswordPrompts=0"]
     refused = subprocess.run(
-        ["ssh", *options, "-p", str(port), f"{user}@127.0.0.1", "true"],
+        ["ssh", "-F", config, *keys, "box", "true"],
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,

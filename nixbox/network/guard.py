@@ -1,0 +1,339 @@
+"""The guard of one machine's network: a process beside the VM that attaches the outside, answers DNS, logs refusals.
+
+It lives in the host's namespaces, where the host's name servers are, and ends with the VM. Should it be killed, the
+filter stays as it is in the kernel: names are no longer resolved, and nothing becomes wider. It is started without
+the site's packages and imports little, since a machine's first command waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from nixbox.network import dns, inside, policy, refusals, upstream
+from nixbox.plan.model import Policy
+
+_LONGEST_S = 300  # of any time in an answer, so that what was admitted is asked for again and does not pile up
+_GRACE_S = 60  # resolvers round, and a connection is made a moment after the answer
+_ATTACH_AGAIN_S = 3.0
+_ATTACH_TIMEOUT_S = 10.0
+_MOST_QUESTIONS = 64  # at a time
+_CLIENT_TIMEOUT_S = 10.0
+_KNOWN_NAMES = 4096
+_PR_SET_PDEATHSIG = 1
+
+
+class Guard:
+    """All that the process holds. `settings` are what `watch.start` sends: see there."""
+
+    def __init__(self, settings: dict[str, Any], user: int, net: int, alive: int) -> None:
+        self.policy = Policy.from_json(settings["policy"])
+        self.pasta: list[str] = settings["pasta"]
+        self.library: str = settings["nftables"]
+        self.runtime = Path(settings["runtime"])
+        self.log = refusals.Log(Path(settings["log"]))
+        self.servers = upstream.Servers()
+        self.user, self.net, self.alive = user, net, alive
+        self.outside: subprocess.Popen[bytes] | None = None
+        self.attached_error: str | None = None
+        self._attach_at = 0.0
+        self._attach_until = 0.0
+        self._names: dict[str, str] = {}
+        self._lock = threading.Lock()  # for the helper's channel, the log and the names
+        self._slots = threading.BoundedSemaphore(_MOST_QUESTIONS)
+        self._selector = selectors.DefaultSelector()
+        self._ready = False
+
+    # --- the helper in the namespace ---
+
+    def enter(self) -> None:
+        """Start the helper and take its sockets. Raises OSError with what it could not do."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.helper = os.fork()
+        if self.helper == 0:
+            code = 1
+            try:
+                ours.close()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                inside.serve(self.user, self.net, self.library, policy.ruleset(self.policy), theirs)
+                code = 0
+            finally:
+                os._exit(code)
+        theirs.close()
+        self.channel = ours
+        data, fds, _, _ = socket.recv_fds(ours, inside.REQUEST_BYTES, 3)
+        said = json.loads(data or b'{"error": "the helper ended"}')
+        if "error" in said:
+            raise OSError(0, said["error"])
+        self.udp, self.tcp, self.packets = (socket.socket(fileno=fd) for fd in fds)
+
+    def _request(self, **request: Any) -> bool:
+        """Ask the helper. Raises OSError when it cannot do it."""
+        with self._lock:
+            self.channel.send(json.dumps(request).encode())
+            said = json.loads(self.channel.recv(inside.REQUEST_BYTES) or b'{"error": "the helper ended"}')
+        if "error" in said:
+            raise OSError(0, said["error"])
+        return bool(said["ok"])
+
+    # --- the outside ---
+
+    def attach(self) -> None:
+        """Begin to connect the namespace with the world as this user's own processes see it."""
+        self.detach()
+        libc = ctypes.CDLL(None)
+
+        def bound() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        log = self.runtime / "pasta.log"
+        with log.open("wb") as out:
+            self.outside = subprocess.Popen(
+                [*self.pasta, str(self.helper)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=bound,
+                cwd="/",
+            )
+        (self.runtime / "pasta.pid").write_text(str(self.outside.pid))
+        self._attach_until = time.monotonic() + _ATTACH_TIMEOUT_S
+
+    def detach(self) -> None:
+        """End the outside; established connections end with it."""
+        if self.outside is not None:
+            self.outside.kill()
+            self.outside.wait()
+            self.outside = None
+
+    def _look_outside(self) -> None:
+        """Notice that it is attached, or that it is not, and then try again: a host's network comes and goes."""
+        now = time.monotonic()
+        if self.policy.mode == "off":
+            self._say_ready()
+        elif self.outside is None:
+            if now >= self._attach_at:
+                self.attach()
+        elif self.outside.poll() is not None:
+            log = self.runtime / "pasta.log"
+            words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            self.attached_error = words[-1] if words else f"pasta ended with code {self.outside.returncode}"
+            self.outside, self._attach_at = None, now + _ATTACH_AGAIN_S
+            self._say_ready()
+        elif not self._ready or self.attached_error is not None:
+            if self._request(route=True):
+                self.attached_error = None
+                self._say_ready()
+            elif now > self._attach_until:
+                self.attached_error = "pasta did not configure a route"
+                self._say_ready()
+
+    def _say_ready(self) -> None:
+        if not self._ready:
+            self._ready = True
+            with contextlib.suppress(OSError):
+                os.write(1, json.dumps({"ready": True, "error": self.attached_error}).encode() + b"\n")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    # --- names ---
+
+    def _resolve(self, data: bytes) -> tuple[dns.Question, bytes] | None:
+        """The answer to a guest's message; None when it deserves none."""
+        try:
+            question = dns.parse_query(data)
+        except ValueError:
+            return None
+        if not policy.resolves(self.policy, question.name):
+            if not question.name.endswith(".arpa"):
+                self._refused("dns", question.name, None, policy.DNS_PORT, self._why_no_name())
+            return question, question.answer(dns.NXDOMAIN)
+        # The guest has IPv4 only; and the addresses in an HTTPS record are hints that would be refused.
+        if question.kind in (dns.AAAA, dns.SVCB, dns.HTTPS):
+            return question, question.answer(dns.NOERROR)
+        if question.kind == dns.ANY:
+            return question, question.answer(dns.NOTIMP)
+        answer = upstream.resolve(question, self.servers.now(), _LONGEST_S)
+        if answer is None:
+            return question, question.answer(dns.SERVFAIL)
+        if answer.addresses:
+            inner = [address for address in answer.addresses if not policy.admits(self.policy, address)]
+            if inner and self.policy.mode == "filtered":
+                self._refused("dns", question.name, inner[0], policy.DNS_PORT, "the name has a private address")
+                return question, question.answer(dns.NXDOMAIN)
+            with self._lock:
+                if len(self._names) > _KNOWN_NAMES:
+                    self._names.clear()
+                self._names.update(dict.fromkeys(answer.addresses, question.name))
+            if self.policy.mode == "filtered":
+                seconds = _LONGEST_S + _GRACE_S
+                try:
+                    self._request(nft=policy.admission((address, seconds) for address in answer.addresses))
+                except OSError:
+                    return question, question.answer(dns.SERVFAIL)
+        return question, answer.message
+
+    def _why_no_name(self) -> str:
+        return "network.mode is off" if self.policy.mode == "off" else "not in network.domains"
+
+    def _refused(self, protocol: str, name: str | None, address: str | None, port: int | None, reason: str) -> None:
+        with self._lock:
+            if name is None and address is not None:
+                name = self._names.get(address)
+            self.log.write(refusals.Refusal(round(time.time(), 3), protocol, name, address, port, reason))
+
+    def _on_udp(self) -> None:
+        data, asker = self.udp.recvfrom(dns.LONGEST)
+        if self._slots.acquire(blocking=False):
+            threading.Thread(target=self._answer_udp, args=(data, asker), daemon=True).start()
+
+    def _answer_udp(self, data: bytes, asker: Any) -> None:
+        try:
+            found = self._resolve(data)
+            if found is not None:
+                question, answer = found
+                if len(answer) > question.size:
+                    answer = question.answer(dns.NOERROR, cut=True)
+                self.udp.sendto(answer, asker)
+        except OSError:
+            return  # the guest is gone, or its queue is full; it asks again
+        finally:
+            self._slots.release()
+
+    def _on_tcp(self) -> None:
+        client, _ = self.tcp.accept()
+        if self._slots.acquire(blocking=False):
+            threading.Thread(target=self._serve_tcp, args=(client,), daemon=True).start()
+        else:
+            client.close()
+
+    def _serve_tcp(self, client: socket.socket) -> None:
+        try:
+            with client:
+                client.settimeout(_CLIENT_TIMEOUT_S)
+                while data := upstream.read_message(client):
+                    found = self._resolve(data)
+                    if found is None:
+                        return
+                    client.sendall(struct.pack("!H", len(found[1])) + found[1])
+        except OSError:
+            return
+        finally:
+            self._slots.release()
+
+    # --- refused connections ---
+
+    def _on_packets(self) -> None:
+        try:
+            message = self.packets.recv(1 << 16)
+        except OSError:  # more than fits its buffer came at once
+            return
+        for packet in refusals.packets(message):
+            found = refusals.destination(packet)
+            if found is not None:
+                protocol, address, port = found
+                self._refused(protocol, None, address, port, self._why_not(protocol, address, port))
+
+    def _why_not(self, protocol: str, address: str, port: int | None) -> str:
+        mode = self.policy.mode
+        if mode == "off":
+            return "network.mode is off"
+        if ":" in address:
+            return "the machine has no IPv6"
+        if not self.policy.allow_private and policy.is_private(address):
+            return "a private address"
+        if protocol != "tcp":
+            return "only TCP leaves in network.mode filtered"
+        if port not in (self.policy.ports or policy.DEFAULT_PORTS):
+            return "not in network.ports"
+        return "no allowed name was resolved to it"
+
+    # --- requests of the command line ---
+
+    def _on_control(self) -> None:
+        client, _ = self.control.accept()
+        with client:
+            client.settimeout(1.0)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                request = json.loads(client.recv(1 << 16))
+                client.sendall(json.dumps(self._do(request)).encode())
+
+    def _do(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "allow" in request:
+            domains = (*self.policy.domains, *request["allow"])
+            self.policy = Policy(
+                self.policy.mode, tuple(dict.fromkeys(domains)), self.policy.ports, self.policy.allow_private
+            )
+        return {
+            "policy": self.policy.as_json(),
+            "outside": self.policy.mode != "off" and self.outside is not None and self.attached_error is None,
+            "error": self.attached_error,
+            "servers": list(self.servers.now()),
+        }
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until the VM has ended."""
+        path = self.runtime / "net"
+        path.unlink(missing_ok=True)
+        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.control.bind(str(path))
+        path.chmod(0o600)
+        self.control.listen(8)
+        served = {
+            self.udp: self._on_udp,
+            self.tcp: self._on_tcp,
+            self.packets: self._on_packets,
+            self.control: self._on_control,
+        }
+        for sock in served:
+            self._selector.register(sock, selectors.EVENT_READ)
+        self._selector.register(self.alive, selectors.EVENT_READ)
+        while True:
+            self._look_outside()
+            settled = self._ready and self.attached_error is None
+            for key, _ in self._selector.select(1.0 if settled else 0.005 if not self._ready else 0.5):
+                if key.fileobj == self.alive:
+                    return
+                with contextlib.suppress(BlockingIOError):
+                    served[key.fileobj]()  # type: ignore[index]
+
+    def end(self) -> None:
+        """Take away what was started."""
+        self.detach()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.helper, signal.SIGKILL)
+        os.waitpid(self.helper, 0)
+        with contextlib.suppress(OSError):
+            (self.runtime / "net").unlink()
+
+
+def main() -> None:
+    """`guard USER_FD NET_FD ALIVE_FD`: settings on standard input, one line of JSON on standard output when ready."""
+    user, net, alive = map(int, sys.argv[-3:])
+    settings = json.load(sys.stdin)
+    os.umask(0o077)
+    guard = Guard(settings, user, net, alive)
+    try:
+        guard.enter()
+    except OSError as error:
+        print(json.dumps({"ready": False, "error": error.strerror or str(error)}), flush=True)
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        guard.run()
+    finally:
+        guard.end()
+        os._exit(0)  # the interpreter's own end takes a while, and somebody may wait for ours

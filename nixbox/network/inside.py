@@ -1,0 +1,157 @@
+"""The part of the guard that lives inside a machine's namespace: it holds the packet filter and opens the sockets.
+
+It is forked from the guard, enters the namespaces with all rights over them and nothing else, and serves requests on
+a socket until the guard is gone.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from nixbox.network import namespace, policy
+
+# linux/sockios.h
+_SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x890B, 0x8914, 0x8916, 0x891C, 0x8924
+_ARPHRD_ETHER = 1
+_RTF_UP = 1
+_LAST_METRIC = 10_000
+_IFF_UP, _IFF_RUNNING = 0x1, 0x40
+_NETLINK_NETFILTER = 12
+# linux/netfilter/nfnetlink_log.h
+_NFULNL_MSG_CONFIG = 4 << 8 | 1
+_NFULA_CFG_CMD, _NFULA_CFG_MODE = 1, 2
+_CMD_BIND, _COPY_PACKET = 1, 2
+REQUEST_BYTES = 200_000
+
+
+class Filter:
+    """nftables through its own library: no program is started for a rule."""
+
+    def __init__(self, library: str) -> None:
+        self._lib = ctypes.CDLL(library)
+        self._lib.nft_ctx_new.restype = ctypes.c_void_p
+        self._lib.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
+        self._context = ctypes.c_void_p(self._lib.nft_ctx_new(0))
+        self._lib.nft_ctx_buffer_error(self._context)
+        self._lib.nft_ctx_buffer_output(self._context)
+
+    def apply(self, text: str) -> None:
+        """Apply commands as one transaction. Raises OSError with nftables' own words."""
+        if self._lib.nft_run_cmd_from_buffer(self._context, text.encode()) != 0:
+            said = self._lib.nft_ctx_get_error_buffer(self._context) or b""
+            raise OSError(0, f"nftables: {said.decode(errors='replace').strip()}")
+
+
+def _configure(library: str, rules: str) -> Filter:
+    """The filter first, then the device: nothing passes before there are rules."""
+    nft = Filter(library)
+    nft.apply(rules)
+    for file, value in (("icmp_ratemask", "0"), ("ip_forward", "1")):  # a refusal that waits its turn is a time-out
+        Path(f"/proc/sys/net/ipv4/{file}").write_text(value)
+    set_up_device()
+    return nft
+
+
+def set_up_device() -> None:
+    """Give the machine's end of the guest's network its address. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+
+        def address(request: int, value: str) -> None:
+            packed = struct.pack("16sHH4s8x", policy.DEVICE.encode(), socket.AF_INET, 0, socket.inet_aton(value))
+            fcntl.ioctl(sock, request, packed)
+
+        # The same in every namespace: a guest that was saved knows it still.
+        mac = bytes.fromhex(policy.GATEWAY_MAC.replace(":", ""))
+        fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", policy.DEVICE.encode(), _ARPHRD_ETHER, mac))
+        address(_SIOCSIFADDR, policy.GATEWAY)
+        mask = 0xFFFFFFFF << (32 - policy.PREFIX) & 0xFFFFFFFF
+        address(_SIOCSIFNETMASK, socket.inet_ntoa(struct.pack("!I", mask)))
+        for name in ("lo", policy.DEVICE):
+            fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), _IFF_UP | _IFF_RUNNING))
+        _last_route(sock)
+
+
+def _last_route(sock: socket.socket) -> None:
+    """A default route to nowhere, after every other: what has no way out is then refused by the filter and logged."""
+    device = ctypes.create_string_buffer(b"lo")
+    nothing = struct.pack("=H14x", socket.AF_INET)
+    # struct rtentry (linux/route.h): destination, gateway and mask are 0.0.0.0.
+    flags = (_RTF_UP, 0, 0, 0, _LAST_METRIC)
+    entry = struct.pack("@L16s16s16sHhLPhPLLH", 0, *[nothing] * 3, *flags, ctypes.addressof(device), 0, 0, 0)
+    with contextlib.suppress(FileExistsError):
+        fcntl.ioctl(sock, _SIOCADDRT, entry)
+
+
+def _dns_sockets() -> tuple[socket.socket, socket.socket]:
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind((policy.GATEWAY, policy.DNS_PORT))
+    tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    tcp.bind((policy.GATEWAY, policy.DNS_PORT))
+    tcp.listen(16)
+    return udp, tcp
+
+
+def _log_socket() -> socket.socket:
+    """A netlink socket that gets every packet which the filter logs (nfnetlink_log, one message each)."""
+    log = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    log.bind((0, 0))
+
+    def configure(attribute: int, data: bytes) -> None:
+        body = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(policy.LOG_GROUP))
+        padded = data + b"\0" * (-len(data) % 4)
+        body += struct.pack("=HH", 4 + len(data), attribute) + padded
+        log.send(struct.pack("=IHHII", 16 + len(body), _NFULNL_MSG_CONFIG, 0x1 | 0x4, 0, 0) + body)
+        reply = log.recv(4096)
+        (code,) = struct.unpack_from("=i", reply, 16)
+        if code != 0:
+            raise OSError(-code, f"nfnetlink_log: {os.strerror(-code)}")
+
+    configure(_NFULA_CFG_CMD, struct.pack("=B", _CMD_BIND))
+    configure(_NFULA_CFG_MODE, struct.pack("!IBB", 128, _COPY_PACKET, 0))
+    return log
+
+
+def has_route() -> bool:
+    """Whether this process's network namespace has a way out (the main table's default route)."""
+    lines = Path("/proc/thread-self/net/route").read_text().splitlines()[1:]
+    return any(line.split()[1:2] == ["00000000"] and line.split()[0] != "lo" for line in lines)
+
+
+def serve(user: int, net: int, library: str, rules: str, channel: socket.socket) -> None:
+    """The process's whole life: set up, answer with the sockets or with what failed, then take requests.
+
+    Requests are JSON: {"nft": TEXT} or {"route": true}; the answers {"ok": BOOL} or {"error": TEXT}.
+    """
+    try:
+        namespace.join(user, net)
+        nft = _configure(library, rules)
+        sockets = [*_dns_sockets(), _log_socket()]
+        fds = array.array("i", [sock.fileno() for sock in sockets])
+        channel.sendmsg([b"{}"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        for sock in sockets:
+            sock.close()
+    except OSError as error:
+        channel.send(json.dumps({"error": error.strerror or str(error)}).encode())
+        return
+    while request := channel.recv(REQUEST_BYTES):
+        channel.send(json.dumps(_answer(nft, json.loads(request))).encode())
+
+
+def _answer(nft: Filter, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if "nft" in request:
+            nft.apply(request["nft"])
+            return {"ok": True}
+        return {"ok": has_route()}
+    except OSError as error:
+        return {"error": error.strerror or str(error)}
