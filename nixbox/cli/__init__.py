@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import net, stores
+from nixbox.cli import env, net, stores
 from nixbox.cli.common import Json, print_json
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -70,6 +70,7 @@ app = typer.Typer(
 app.add_typer(stores.image_app, name="image")
 app.add_typer(stores.template_app, name="template")
 app.add_typer(net.net_app, name="net")
+app.add_typer(env.env_app, name="env")
 app.add_typer(net.port_app, name="port")
 
 

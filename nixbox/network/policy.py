@@ -60,7 +60,8 @@ def ruleset(policy: Policy) -> str:
     """The filter of a machine's namespace, in nft(8)'s language.
 
     What is refused is refused at once (a reset, or an ICMP message) and logged, so that nobody waits for a time-out.
-    Only IPv4 leaves: the guest has no other address.
+    Only IPv4 leaves: the guest has no other address. Nothing that lives in the namespace has a way out (`output`), a
+    hypervisor that the guest has taken over included: only what the guest itself sends through its card is forwarded.
     """
     return f"""\
 table inet nixbox
@@ -74,6 +75,7 @@ table inet nixbox {{
   set admitted {{
     type ipv4_addr
     flags timeout
+    size 65535
   }}
   chain refuse {{
     limit rate 50/second burst 100 packets log group {LOG_GROUP} snaplen 128
@@ -87,6 +89,10 @@ table inet nixbox {{
     iifname != "{DEVICE}" drop
     ip saddr {GUEST} ip daddr {GATEWAY} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept
     goto refuse
+  }}
+  chain output {{
+    type filter hook output priority 0; policy drop;
+    oifname {{ "lo", "{DEVICE}" }} accept
   }}
   chain forward {{
     type filter hook forward priority 0; policy drop;

@@ -188,16 +188,32 @@ class Sandbox:
         stop.heal(self.machine, qemu)
         net.heal(self.machine, record, self.report)
         self._tell_what_waits(plan, record)
-        from nixbox.guest import control
-
-        with control.Control.connect(self.machine.sockets.control) as channel:
-            channel.push_env(env, stop.STOP_TIMEOUT_S)
-        self.machine.update(env_hash=self._env_hash(record.machine_id, env))
+        self._push(record, env)
         # The guest's own marker, not the record: a start may have been cut off between the two.
         setup = self._setup(plan, self._setup_done() if plan.machine.setup is not None else None)
         self._publish_ports(plan)
         failed = self._scripts(plan)
         return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
+
+    def push_env(self) -> list[str]:
+        """Give the running guest the config's variables as they are now; returns their names.
+
+        New sessions have these and no others. Raises NotRunningError, and ConfigError for what the host lacks.
+        """
+        from nixbox.config.settings import resolve_env
+
+        env = resolve_env(self.load().settings, self.environ)
+        self.require_running()
+        with self.busy():
+            self._push(self.machine.load(), env)
+        return sorted(env)
+
+    def _push(self, record: Record, env: Mapping[str, str]) -> None:
+        from nixbox.guest import control
+
+        with control.Control.connect(self.machine.sockets.control) as channel:
+            channel.push_env(env, stop.STOP_TIMEOUT_S)
+        self.machine.update(env_hash=self._env_hash(record.machine_id, env))
 
     def _tell_what_waits(self, plan: Plan, record: Record) -> None:
         """A running machine keeps its image and shape; say so where the config has changed them."""

@@ -104,7 +104,7 @@ def test_help_lists_every_command(call: Call, option: str) -> None:
     words = {line.split()[0] for line in said.out.splitlines() if line.startswith("  ") and line.strip()}
     assert words >= {
         *("init", "up", "down", "shell", "run", "status", "list", "logs", "rm", "lock", "build", "config"),
-        *("ssh-config", "doctor", "version", "image", "template", "suspend", "fork"),
+        *("ssh-config", "doctor", "version", "image", "template", "suspend", "fork", "net", "port", "env"),
     }
 
 

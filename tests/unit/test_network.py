@@ -76,7 +76,7 @@ def test_what_each_mode_accepts() -> None:
     assert leaving(Policy("filtered", ports=(22,)))[-1] == "ip daddr @admitted tcp dport { 22 } accept"
     for mode in ("off", "open", "filtered"):
         text = policy.ruleset(Policy(mode))
-        assert text.count("policy drop") == 2 and text.count("{") == text.count("}")
+        assert text.count("policy drop") == 3 and text.count("{") == text.count("}")
 
 
 def test_an_admission_names_addresses_only() -> None:

@@ -233,6 +233,16 @@ def test_up_of_a_running_machine_brings_it_up_to_date(workspace: Workspace) -> N
     workspace.config(config.replace("320MiB", "384MiB"), None)
     assert "changed: resources" in workspace("up").stderr
     assert workspace.guest("echo ${FRESH-gone}") == "gone\n"
+    workspace.config(config + '[env]\nA = "a secret"\nB = { from_host = "B_OF_HOST" }\n')
+    assert "B_OF_HOST" in workspace("env", "push", code=2).stderr
+    workspace.extra["B_OF_HOST"] = "two\nlines"
+    assert "A, B" in workspace("env", "push").stderr
+    assert workspace.guest('echo "$A $B"') == "a secret two\nlines\n"
+    listed = workspace("env", "list").stdout
+    assert "B_OF_HOST" in listed and "secret" not in listed and "lines" not in listed
+    workspace.config(config)
+    workspace("env", "push")
+    assert workspace.guest("echo ${A-gone} ${B-gone}") == "gone gone\n"
 
 
 def test_a_new_image_brings_its_system_users(workspace: Workspace) -> None:

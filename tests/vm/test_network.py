@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import nixbox
 from tests.vm import internet, world
-from tests.vm.conftest import RESOURCES, Workspace
+from tests.vm.conftest import RESOURCES, Home, Workspace
 from tests.vm.world import World
 
 GATEWAY = "10.0.2.2"
@@ -203,6 +206,29 @@ probe literal_after curl -sS --noproxy '*' -m 6 http://198.51.100.99/
     assert "nixbox net allow blocked.example" in box("net", "log").stdout
 
 
+def test_a_hypervisor_that_was_taken_over_has_no_way_out(box: Workspace, net: World) -> None:
+    """Whoever runs code in QEMU's process has its namespaces and its rights there: none."""
+    box.config(config("open"))
+    box("up")
+    (pid,) = box.vm_pids()
+    status = Path(f"/proc/{pid}/status").read_text()
+    for line in ("CapEff", "CapPrm", "CapBnd"):
+        assert f"{line}:\t0000000000000000\n" in status
+    assert "NoNewPrivs:\t1\n" in status
+    since = len(net.seen())
+    there = ["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials"]
+    drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--securebits", "+noroot,+noroot_locked"]
+    for address in (internet.ALLOWED, internet.METADATA, internet.LAN, world.HOST):
+        get = ["curl", "-sS", "--noproxy", "*", "-m", "2", f"http://{address}/"]
+        assert subprocess.run([*there, *drop, *get], capture_output=True, check=False).returncode != 0
+    tries = ["nft list ruleset", "nft flush ruleset", "ip link set tap0 down", "ip route add 192.0.2.0/24 dev lo"]
+    for line in tries:
+        done = subprocess.run([*there, *drop, "sh", "-c", line], capture_output=True, check=False)
+        assert done.returncode != 0, line
+    assert arrived(net, since) == []
+    assert probe(box, f"probe fine curl -sS --noproxy '*' -m 6 http://{internet.ALLOWED}/")["fine"] == 0
+
+
 def test_a_running_machine_follows_its_user_and_its_host(box: Workspace, net: World) -> None:
     box.config("# kept\n" + config("filtered", 'domains = ["allowed.example"] # these\n'))
     box("up")
@@ -309,3 +335,71 @@ def test_what_cannot_be_enforced_is_refused(box: Workspace) -> None:
     failed = without("up", code=None)
     assert failed.returncode != 0 and "/dev/net/tun" in failed.stderr
     assert not box.vm_pids() and not _guards(box)
+
+
+# What a desktop has and a bare machine like CI's may lack: code and Python where everybody can read them, and a TUN
+# device that everybody may use, as udev makes it (50-udev-default.rules).
+_AS_USER = """
+set -e
+base=$1 python=$2 code=$3 site=$4 uid=$5 work=$6
+shift 6
+mount -t tmpfs -o mode=0755,dev tmpfs "$base/made"
+mkdir "$base/made/python" "$base/made/code" "$base/made/site"
+mknod -m 0666 "$base/made/tun" c 10 200
+mount --bind "$base/made/tun" /dev/net/tun
+cp /etc/passwd "$base/made/passwd"
+echo "tester:x:$uid:$uid::$HOME:/bin/sh" >>"$base/made/passwd"
+mount --bind "$base/made/passwd" /etc/passwd
+mount --bind "$python" "$base/made/python"
+mount --bind "$code" "$base/made/code"
+mount --bind "$site" "$base/made/site"
+cd "$work"
+export PYTHONPATH="$base/made/code:$base/made/site"
+shift
+exec setpriv --reuid "$uid" --regid "$uid" --clear-groups --inh-caps -all --bounding-set -all --no-new-privs -- \\
+  "$base/made/python/bin/python3" "$@"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the whole suite runs as an ordinary user already")
+def test_an_ordinary_user_has_all_of_it(home: Home, net: World) -> None:
+    uid = 64321
+    base = Path(tempfile.mkdtemp(prefix="nbu"))
+    work = base / "w"
+    for path in (base / "made", work, base / "home", base / "run"):
+        path.mkdir(mode=0o700)
+        os.chown(path, uid, uid)
+    base.chmod(0o755)
+    code, site = Path(nixbox.__file__).parent.parent, sysconfig.get_path("purelib")
+    there = ["sh", "-c", _AS_USER, "sh", str(base), sys.base_prefix, str(code), site, str(uid), str(work)]
+    env = {**home.env, "HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base / "run")}
+    box = Workspace(work, env, prefix=["unshare", "--mount", *there])
+    box.config(config("filtered", 'domains = ["allowed.example"]\n'))
+    (work / ".nixbox" / "nixbox.lock").write_text(home.lock)
+    for path in work.rglob("*"):
+        os.chown(path, uid, uid)
+    try:
+        assert "your own store is" in box("doctor").stdout
+        box("build")
+        inner = dataclasses.replace(box, prefix=[*net.prefix, "unshare", "--mount", *there])
+        for options in ((), ("--cold",)):
+            since = len(net.seen())
+            inner("up", *options)
+            (pid,) = inner.vm_pids()
+            assert Path(f"/proc/{pid}").stat().st_uid == uid
+            good = "probe good curl -sS --noproxy '*' -m 6 http://allowed.example/"
+            assert probe(inner, good)["good"] == 0
+            for root in (False, True):
+                found = probe(inner, NEVER + ESCAPES, root=root)
+                assert 0 not in found.values() and not {28, 124} & set(found.values()), found
+            probe(inner, AS_ROOT, root=True)
+            assert {event.get("to", internet.DNS) for event in arrived(net, since)} == {
+                internet.DNS,
+                internet.ALLOWED,
+            }
+            inner("down")
+        inner("rm", "--yes")
+    finally:
+        for pid in box.vm_pids():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(base)
