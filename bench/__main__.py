@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import bare, home, restore, share
+from bench import bare, home, net, restore, share
 from bench.home import MEMORY_MIB, VCPUS, Home
+from nixbox.network import policy
 from nixbox.plan.model import Accelerator
 
 ROUNDS = 5
@@ -341,6 +342,41 @@ def many(bench: Bench, name: str, what: str, each: str) -> None:
     bench.rm(*names)
 
 
+# --- the network ---
+
+
+def network(bench: Bench) -> None:
+    """What a guest's network carries in `filtered` and `open`, beside QEMU's own user network."""
+    image = bench.home.image()
+    bench.up()  # makes the template
+    accelerator: Accelerator = bench.home.status()["accelerator"]
+    bench.rm()
+    with (
+        net.world(bench.home) as place,
+        net.user_network(bench.home, place, image, accelerator) as by_qemu,
+    ):
+        found = {}
+        for mode in ("open", "filtered"):
+            with net.machine(bench.home, place, mode) as by_nixbox:
+                found[mode] = [(by_nixbox(), by_qemu()) for _ in range(LONG_ROUNDS)]
+                if mode == "filtered":
+                    guarded, direct = net.dns_ms(place, bench.home.status()["pid"], policy.GATEWAY)
+    for mode, rounds in found.items():
+        for what, name, unit in (("download", "download", 1e6), ("requests", "requests", 1.0)):
+            ours = median(getattr(a, name) for a, _ in rounds) / unit
+            theirs = median(getattr(b, name) for _, b in rounds) / unit
+            ratio = median(getattr(a, name) / getattr(b, name) for a, b in rounds)
+            shown = "MB/s" if unit > 1 else "/s"
+            bench.row(
+                f"{what}, {mode}",
+                f"{ours:.0f} {shown}",
+                f"bare slirp {theirs:.0f} {shown}",
+                f"{ratio:.2f}×",
+                "≥ 0.8×",
+            )
+    bench.row("a name, through the guard", f"{guarded:.2f} ms", f"asked directly {direct:.2f} ms")
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "build": build,
     "no-op": no_op,
@@ -350,6 +386,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "again": again,
     "fork": fork,
     "fresh": fresh,
+    "network": network,
 }
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,8 +62,14 @@ class Bare:
         self.process: subprocess.Popen[bytes] | None = None
         self.network: namespace.Namespace | None = None
 
-    def start(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
-        """Start QEMU; its sockets accept at once."""
+    def start(
+        self, spec: VmSpec, pass_fds: Sequence[int] = (), user_network: Callable[[], None] | None = None
+    ) -> None:
+        """Start QEMU; its sockets accept at once.
+
+        With `user_network` it is not in a namespace of its own and has QEMU's user network; that is called in its
+        process first.
+        """
         with ExitStack() as undo:
             listeners = []
             for path in (self.sockets.control, self.sockets.monitor, self.sockets.shell):
@@ -74,11 +80,13 @@ class Bare:
             self.network = namespace.create()
             fds = qemu_args.Fds(listeners[0], listeners[1], listeners[2], self.network.tap)
             argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
+            if user_network is not None:
+                argv[argv.index("-netdev") + 1] = "user,id=net,ipv6=off"
             self.process = subprocess.Popen(
                 argv,
                 pass_fds=(*listeners, self.network.tap, *pass_fds),
                 stdin=subprocess.DEVNULL,
-                preexec_fn=self.network.join_for_good,
+                preexec_fn=user_network or self.network.join_for_good,
             )
 
     def go(self, how: How, *, restored: bool, image: Path) -> Go:

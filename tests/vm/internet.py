@@ -105,6 +105,10 @@ class Server:
                 if port == 53:
                     answer = reply(data[2:], OTHER if address == OTHER_DNS else ZONE, 65535)
                     client.sendall(struct.pack("!H", len(answer)) + answer)
+                elif data.startswith(b"GET /big"):
+                    client.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                    for _ in range(100):
+                        client.sendall(bytes(1 << 20))
                 elif data.startswith(b"GET /slow"):
                     client.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
                     for _ in range(8):
