@@ -8,6 +8,9 @@ from pathlib import Path
 
 from nixbox.machine.backend import VmSpec
 
+# Bytes. What leaves is taken apart and sent anew by the host's own sockets (passt(1)), so packets may be large.
+MTU = 65520
+
 KERNEL_ARGS = (
     "console=ttyS0",
     "quiet",
@@ -111,7 +114,7 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *_disk("root", spec.root, readonly=True),
         *_disk("overlay", spec.overlay, readonly=False),
         *("-netdev", f"tap,id=net,fd={fds.tap}"),
-        *("-device", "virtio-net-pci,netdev=net,romfile="),
+        *("-device", f"virtio-net-pci,netdev=net,host_mtu={MTU},romfile="),
         *("-object", "rng-builtin,id=rng"),
         *("-device", "virtio-rng-pci,rng=rng"),
         # Another number at every start: a guest that was saved renews its random numbers (docs/specs/vmgenid.rst).

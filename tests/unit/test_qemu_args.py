@@ -66,7 +66,7 @@ qemu-system-x86_64
 -blockdev overlay: raw, writable, /w/.nixbox/machines/web-1/overlay.img
 -device virtio-blk-pci,drive=overlay,serial=overlay,romfile=,werror=enospc,rerror=report
 -netdev tap,id=net,fd=13
--device virtio-net-pci,netdev=net,romfile=
+-device virtio-net-pci,netdev=net,host_mtu=65520,romfile=
 -object rng-builtin,id=rng
 -device virtio-rng-pci,rng=rng
 -device vmgenid,guid=auto
