@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from nixbox.cli import env, net, stores
-from nixbox.cli.common import Json, print_json
+from nixbox.cli.common import Json, Machine, complete_machine, print_json
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
 if TYPE_CHECKING:
@@ -74,22 +74,10 @@ app.add_typer(env.env_app, name="env")
 app.add_typer(net.port_app, name="port")
 
 
-def _complete_machine(incomplete: str) -> list[str]:
-    """Machine names of the workspace, for shell completion."""
-    from nixbox import paths
-    from nixbox.machine.record import all_machines
-
-    try:
-        workspace = paths.find_workspace(Path.cwd())
-    except NixboxError:
-        return []
-    return [m.name for m in all_machines(workspace) if m.name.startswith(incomplete)]
-
-
 Name = Annotated[
     str | None,
     typer.Argument(
-        help="A machine of this workspace; default: the workspace's own.", autocompletion=_complete_machine
+        help="A machine of this workspace; default: the workspace's own.", autocompletion=complete_machine
     ),
 ]
 Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]
@@ -253,10 +241,7 @@ def shell(name: Name = None) -> None:
 @app.command("run", context_settings={"allow_interspersed_args": False})
 def run_command(
     command: Annotated[list[str], typer.Argument(help="The command and its arguments, after `--`.")],
-    machine: Annotated[
-        str | None,
-        typer.Option("--machine", "-m", help="Another machine than the default.", autocompletion=_complete_machine),
-    ] = None,
+    machine: Machine = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds; then the command is ended and the code is 124.")
     ] = None,

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json
+from nixbox.cli.common import Json, Machine, print_json
 
 env_app = typer.Typer(help="The variables that the guest is given.", no_args_is_help=True)
-
-Machine = Annotated[str | None, typer.Option("--machine", "-m", help="Another machine than the default.")]
 
 
 @env_app.command("list")

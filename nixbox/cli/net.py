@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json
+from nixbox.cli.common import Json, Machine, print_json
 from nixbox.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 net_app = typer.Typer(help="What the guest may reach, and what it was refused.", no_args_is_help=True)
 port_app = typer.Typer(help="Ports of the guest on this host's loopback.", no_args_is_help=True)
 _POLL_S = 0.3
-
-Machine = Annotated[str | None, typer.Option("--machine", "-m", help="Another machine than the default.")]
 
 
 def _sandbox(name: str | None) -> Sandbox:
@@ -63,7 +61,7 @@ def net_log(
     from nixbox.session import net
 
     box = _sandbox(machine)
-    mode = str(box.machine.load().network.get("mode", ""))
+    mode = box.machine.load().policy.mode
     file = net.files(box.machine).refused
     shown = 0
     while True:

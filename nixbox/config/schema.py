@@ -167,7 +167,16 @@ def _check_plugin(value: str) -> str:
 
 def domain_fault(value: str) -> str | None:
     """What is wrong with a domain, or None."""
-    return None if re.fullmatch(_DOMAIN, value) else f"{shown(value)} is not {_A_DOMAIN}"
+    if re.fullmatch(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", value):
+        return None
+    wanted = "a domain such as `example.org` or `*.example.org` (subdomains are covered either way; no URL)"
+    return f"{shown(value)} is not {wanted}"
+
+
+def _check_domain(value: str) -> str:
+    if fault := domain_fault(value):
+        raise ValueError(fault)
+    return value
 
 
 def is_plugin_ref(value: object) -> bool:
@@ -202,9 +211,7 @@ Script = Annotated[str, NoNul]
 EnvName = Annotated[str, AfterValidator(_check_env_name)]
 HostPath = Annotated[str, AfterValidator(_check_host_path)]
 GuestPath = Annotated[HostPath, AfterValidator(_check_target)]
-_DOMAIN = rf"(\*\.)?{_LABEL}(\.{_LABEL})*"
-_A_DOMAIN = "a domain such as `example.org` or `*.example.org` (subdomains are covered either way; no URL)"
-Domain = Annotated[str, _matching(_DOMAIN, _A_DOMAIN)]
+Domain = Annotated[str, AfterValidator(_check_domain)]
 Port = Annotated[int, _between(1, 65535)]
 PluginRef = Annotated[str, AfterValidator(_check_plugin)]
 Mirror = Annotated[str, AfterValidator(_check_url)]

@@ -16,7 +16,6 @@ class Features:
 
     restore: bool
     hot_plug: bool
-    user_network: bool
 
 
 @dataclass(frozen=True, slots=True)

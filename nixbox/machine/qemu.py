@@ -39,7 +39,7 @@ class Qemu:
     """Backend `qemu`: runs anywhere QEMU does, with KVM, Apple's hypervisor or software emulation."""
 
     name = "qemu"
-    features = Features(restore=True, hot_plug=False, user_network=True)
+    features = Features(restore=True, hot_plug=False)
 
     def check_host(self) -> None:
         """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nixbox.machine.backend import VmSpec
-
-# Bytes. What leaves is taken apart and sent anew by the host's own sockets (passt(1)), so packets may be large.
-MTU = 65520
+from nixbox.plan.model import NETWORK_MTU
 
 KERNEL_ARGS = (
     "console=ttyS0",
@@ -114,7 +112,7 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *_disk("root", spec.root, readonly=True),
         *_disk("overlay", spec.overlay, readonly=False),
         *("-netdev", f"tap,id=net,fd={fds.tap}"),
-        *("-device", f"virtio-net-pci,netdev=net,host_mtu={MTU},romfile="),
+        *("-device", f"virtio-net-pci,netdev=net,host_mtu={NETWORK_MTU},romfile="),
         *("-object", "rng-builtin,id=rng"),
         *("-device", "virtio-rng-pci,rng=rng"),
         # Another number at every start: a guest that was saved renews its random numbers (docs/specs/vmgenid.rst).

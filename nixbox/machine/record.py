@@ -22,6 +22,7 @@ from typing import Any
 from nixbox import paths
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
+from nixbox.plan.model import Policy
 
 FORMAT = 1
 GUARD_LOCK = "guard"  # in the runtime directory
@@ -61,6 +62,11 @@ class Record:
     return_memory: bool = False
     network: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def policy(self) -> Policy:
+        """`network`; nothing leaves a machine whose record does not tell."""
+        return Policy.from_json(self.network) if self.network else Policy("off")
 
 
 class MachineDir:

@@ -8,7 +8,6 @@ the site's packages and imports little, since a machine's first command waits fo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -19,10 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nixbox.network import dns, inside, policy, refusals, upstream
+from nixbox.network import dns, inside, namespace, policy, refusals, upstream
 from nixbox.plan.model import Policy
 
 _LONGEST_S = 300  # of any time in an answer, so that what was admitted is asked for again and does not pile up
@@ -32,11 +32,10 @@ _ATTACH_TIMEOUT_S = 10.0
 _MOST_QUESTIONS = 64  # at a time
 _CLIENT_TIMEOUT_S = 10.0
 _KNOWN_NAMES = 4096
-_PR_SET_PDEATHSIG = 1
 
 
 class Guard:
-    """All that the process holds. `settings` are what `watch.start` sends: see there."""
+    """All that the process holds. `settings` are what `watch.Watch.begin` sends: see there."""
 
     def __init__(self, settings: dict[str, Any], user: int, net: int, alive: int) -> None:
         self.policy = Policy.from_json(settings["policy"])
@@ -93,11 +92,6 @@ class Guard:
     def attach(self) -> None:
         """Begin to connect the namespace with the world as this user's own processes see it."""
         self.detach()
-        libc = ctypes.CDLL(None)
-
-        def bound() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
         log = self.runtime / "pasta.log"
         with log.open("wb") as out:
             self.outside = subprocess.Popen(
@@ -105,7 +99,7 @@ class Guard:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=bound,
+                preexec_fn=namespace.end_with_parent,
                 cwd="/",
             )
         (self.runtime / "pasta.pid").write_text(str(self.outside.pid))
@@ -272,9 +266,7 @@ class Guard:
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         if "allow" in request:
             domains = (*self.policy.domains, *request["allow"])
-            self.policy = Policy(
-                self.policy.mode, tuple(dict.fromkeys(domains)), self.policy.ports, self.policy.allow_private
-            )
+            self.policy = replace(self.policy, domains=tuple(dict.fromkeys(domains)))
         return {
             "policy": self.policy.as_json(),
             "outside": self.policy.mode != "off" and self.outside is not None and self.attached_error is None,

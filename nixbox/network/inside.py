@@ -6,7 +6,6 @@ a socket until the guard is gone.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import fcntl
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nixbox.network import namespace, policy
+from nixbox.plan.model import NETWORK_MTU
 
 # linux/sockios.h
 _SIOCSIFMTU = 0x8922
@@ -73,7 +73,7 @@ def set_up_device() -> None:
         # The same in every namespace: a guest that was saved knows it still.
         mac = bytes.fromhex(policy.GATEWAY_MAC.replace(":", ""))
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", policy.DEVICE.encode(), _ARPHRD_ETHER, mac))
-        fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", policy.DEVICE.encode(), policy.MTU))
+        fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", policy.DEVICE.encode(), NETWORK_MTU))
         address(_SIOCSIFADDR, policy.GATEWAY)
         mask = 0xFFFFFFFF << (32 - policy.PREFIX) & 0xFFFFFFFF
         address(_SIOCSIFNETMASK, socket.inet_ntoa(struct.pack("!I", mask)))
@@ -138,8 +138,7 @@ def serve(user: int, net: int, library: str, rules: str, channel: socket.socket)
         namespace.join(user, net)
         nft = _configure(library, rules)
         sockets = [*_dns_sockets(), _log_socket()]
-        fds = array.array("i", [sock.fileno() for sock in sockets])
-        channel.sendmsg([b"{}"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        socket.send_fds(channel, [b"{}"], [sock.fileno() for sock in sockets])
         for sock in sockets:
             sock.close()
     except OSError as error:

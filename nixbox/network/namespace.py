@@ -6,11 +6,11 @@ process joins it and gives up every capability over it: even one that the guest 
 
 from __future__ import annotations
 
-import array
 import ctypes
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from types import TracebackType
 from typing import Self
 
 from nixbox.errors import HostError
-
-DEVICE = "tap0"
+from nixbox.network import policy
 
 _CLONE_NEWUSER = 0x10000000  # sched.h
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 24, 28, 38  # linux/prctl.h
+# linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
 
@@ -79,6 +79,11 @@ def give_up() -> None:
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends: for a child, before it executes."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+
+
 def of_process(pid: int) -> tuple[int, int]:
     """The user and the network namespace of a process, as open descriptors. Raises OSError."""
     user = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
@@ -103,12 +108,8 @@ def create() -> Namespace:
             finally:
                 os._exit(code)
         theirs.close()
-        fds = array.array("i")
-        words, ancillary, _, _ = ours.recvmsg(200, socket.CMSG_SPACE(3 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+        words, fds, _, _ = socket.recv_fds(ours, 200, 3, socket.MSG_CMSG_CLOEXEC)
         os.waitpid(child, 0)
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     if len(fds) == 3:
         return Namespace(*fds)
     step, _, why = words.decode().partition(" ")
@@ -140,8 +141,8 @@ def _make(answer: socket.socket) -> None:
         step = "tun"
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-        fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), flags))
+        fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", policy.DEVICE.encode(), flags))
         user, net = of_process(os.getpid())
-        answer.sendmsg([b"done"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [user, net, tap]))])
+        socket.send_fds(answer, [b"done"], [user, net, tap])
     except OSError as error:
         answer.send(f"{step} {error.strerror}".encode())

@@ -13,7 +13,6 @@ GATEWAY = "10.0.2.2"
 GATEWAY_MAC = "02:00:00:00:00:02"
 GUEST = "10.0.2.15"
 PREFIX = 24
-MTU = 65520  # bytes: as pasta's own device, and the guest's card (machine.qemu_args)
 DNS_PORT = 53
 LOG_GROUP = 1  # of nfnetlink_log, in the namespace
 

@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
 
+# Bytes: of the guest's card, its namespace's end of it, and pasta's device. What leaves is taken apart and sent anew
+# by the host's own sockets (passt(1)), so packets may be large.
+NETWORK_MTU = 65520
+
 
 @dataclass(frozen=True, slots=True)
 class Script:

@@ -289,7 +289,6 @@ class Sandbox:
 
     def _start(self, record: Record, image: Image, loaded: Loaded, env: Mapping[str, str]) -> Start:
         from nixbox.network.watch import Watch
-        from nixbox.plan.model import Policy
         from nixbox.session.start import Start
 
         return Start(
@@ -302,7 +301,7 @@ class Sandbox:
             report=self.report,
             phase=self.phase,
             bound=self.ephemeral,
-            watch=Watch(Policy.from_json(record.network) if record.network else Policy("off")),
+            watch=Watch(record.policy),
         )
 
     def _env_hash(self, machine_id: str, env: Mapping[str, str]) -> str:

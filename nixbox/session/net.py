@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nixbox.machine.record import MachineDir, Record
-    from nixbox.network.watch import Files
+    from nixbox.network.watch import Files, Watch
     from nixbox.report import Reporter
 
 
@@ -26,16 +26,20 @@ def files(machine: MachineDir) -> Files:
 def heal(machine: MachineDir, record: Record, report: Reporter) -> None:
     """Start the guard of a running machine again if it was killed. Under the busy lock. Raises HostError."""
     from nixbox.network import watch
-    from nixbox.plan.model import Policy
 
     if record.pid is None or not record.network:
         return
-    guard = watch.Watch(Policy.from_json(record.network))
+    guard = watch.Watch(record.policy)
     if watch.heal(guard, machine.name, files(machine), record.pid):
         report.note("the guard of the machine's network had ended; it was started again")
-        trouble = guard.settle()
-        if trouble is not None:
-            report.note(f"note: the machine has no way out for now: {trouble}")
+        settle(guard, report)
+
+
+def settle(guard: Watch, report: Reporter) -> None:
+    """Wait until a machine's policy holds, and say if it has no way out yet. Raises HostError when it cannot hold."""
+    trouble = guard.settle()
+    if trouble is not None:
+        report.note(f"note: the machine has no way out for now: {trouble}")
 
 
 def ask(machine: MachineDir, **request: Any) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def allow(machine: MachineDir, domains: list[str]) -> None:
     faults = [fault for fault in map(domain_fault, domains) if fault]
     if faults:
         raise ConfigError("that is no domain", faults=faults)
-    mode = machine.load().network.get("mode")
+    mode = machine.load().policy.mode
     if mode != "filtered":
         raise ConfigError(
             f"`{machine.name}` has network mode {mode}: only `filtered` has a list of domains",

@@ -214,9 +214,7 @@ class Start:
         """The guest is ready: write down how it is reached."""
         machine = self.machine
         with self.phase("network"):
-            trouble = self.watch.settle()
-            if trouble is not None:
-                self.report.note(f"note: the machine has no way out for now: {trouble}")
+            net.settle(self.watch, self.report)
         with self.phase("record"):
             ssh.write_config(machine.ssh, machine.name, self.record.user, machine.ssh_sockets[0])
             machine.update(ready=True, how=how, setup=None if setup == "-" else setup)

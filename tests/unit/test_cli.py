@@ -16,6 +16,7 @@ import pytest
 
 import nixbox
 from nixbox import cli, paths
+from nixbox.cli import common
 from nixbox.image import build, ensure, lock, resolve, store
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
 from nixbox.machine import template
@@ -565,6 +566,6 @@ def test_machines_complete(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> 
         directory = workspace / paths.CONFIG_DIR / "machines" / name
         directory.mkdir(parents=True)
         (directory / "machine.json").write_text("{}")
-    assert cli._complete_machine("b") == ["bar", "box"]
+    assert common.complete_machine("b") == ["bar", "box"]
     monkeypatch.chdir("/")
-    assert cli._complete_machine("") == []
+    assert common.complete_machine("") == []

@@ -20,6 +20,19 @@ UP_TIMEOUT_S = 400
 RESOURCES = '[resources]\nvcpus = 1\nmemory = "320MiB"\ndisk = "1GiB"\n'
 
 
+def processes(*words: bytes) -> list[int]:
+    """The processes whose command line holds every one of `words`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if all(word in line for word in words):
+            found.append(int(process.name))
+    return found
+
+
 @dataclass
 class Workspace:
     """A workspace of the test's own and the command line in it."""
@@ -80,15 +93,7 @@ class Workspace:
 
     def vm_pids(self) -> list[int]:
         """The VM processes of this workspace: those whose command line names it."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                line = (process / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"qemu-system" in line and os.fsencode(self.path) in line:
-                found.append(int(process.name))
-        return found
+        return processes(b"qemu-system", os.fsencode(self.path))
 
 
 @dataclass(frozen=True)

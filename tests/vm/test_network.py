@@ -19,7 +19,7 @@ import pytest
 
 import nixbox
 from tests.vm import internet, world
-from tests.vm.conftest import RESOURCES, Home, Workspace
+from tests.vm.conftest import RESOURCES, Home, Workspace, processes
 from tests.vm.world import World
 
 GATEWAY = "10.0.2.2"
@@ -281,15 +281,7 @@ def test_a_running_machine_follows_its_user_and_its_host(box: Workspace, net: Wo
 
 def _guards(box: Workspace) -> list[int]:
     """The guard processes of this workspace's machines and all that they have started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"nixbox-guard-box" in line:
-            found.append(int(process.name))
-    return found
+    return processes(b"nixbox-guard-box")
 
 
 @pytest.mark.parametrize("mode", ["off", "filtered"])
