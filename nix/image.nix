@@ -32,12 +32,14 @@ in
     name = "nixbox-image";
     inherit imageJson; # not `meta`: newer Nix wants a set there
     inherit (base) kernel initrd rootImage;
+    host = base.hostTools;
     passAsFile = [ "imageJson" ];
   } ''
     mkdir $out
     ln -s $kernel/vmlinux $kernel/bzImage $kernel/release $out/
     ln -s $initrd $out/initrd
     ln -s $rootImage $out/root.squashfs
+    [ -z "$host" ] || ln -s $host $out/host # what the host runs for a machine
     cp $imageJsonPath $out/image.json
   '';
 }

@@ -37,6 +37,7 @@ def examine() -> Iterator[Finding]:
     yield from _mirror()
     yield from _namespaces()
     yield from _network()
+    yield from _mounts()
     yield from _space()
 
 
@@ -136,6 +137,37 @@ def _network() -> Iterator[Finding]:
             "missing", "nftables", f"the library {watch.library()} is not on this host", "apt install nftables"
         )
     yield _program("pasta", "connects a guest with the outside, in modes `open` and `filtered`")
+
+
+def _mounts() -> Iterator[Finding]:
+    """What shares directories, and directories that are better not shared."""
+    from nixbox.mounts import daemon, health, places
+
+    try:
+        yield Finding("ok", "virtiofsd", f"this host has {daemon.program(None).path}")
+    except NixboxError:
+        yield Finding("ok", "virtiofsd", "not on this host; images of Debian trixie and newer bring theirs")
+    try:
+        workspace = paths.find_workspace(Path.cwd())
+        from nixbox.config.cache import load
+
+        mounts = load(workspace).settings.mounts
+    except NixboxError:  # no workspace, or one that `nixbox config` tells about
+        return
+    from nixbox.machine.record import all_machines, holders
+
+    for mount in mounts:
+        source = (workspace / Path(mount.source).expanduser()).resolve()
+        if places.looks_like_cache(source):
+            hint = "let the guest have a cache of its own: on its disk it is several times as fast"
+            yield Finding("warning", "mount", f"{source} looks like a cache, which tools open file by file", hint)
+    for machine in all_machines(workspace):
+        for one in machine.load().shared:
+            lock = health.lock_file(machine.runtime, one.tag)
+            many = max((health.descriptors(pid) for pid in holders(lock)), default=0)
+            if many > health.MANY_DESCRIPTORS:
+                detail = f"the guest of `{machine.name}` has {many} files of {one.real} in its memory"
+                yield Finding("warning", "mount", detail, "a cache? Let the guest have one of its own")
 
 
 def _space() -> Iterator[Finding]:

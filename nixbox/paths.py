@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox.errors import ConfigError, HostError, NixboxError
@@ -18,16 +22,18 @@ LOCK_FILE = "nixbox.lock"
 SETTINGS_FILE = "settings.toml"
 
 
-def find_workspace(start: Path) -> Path:
+def find_workspace(start: Path, *, trusting: bool = False) -> Path:
     """The nearest directory at or above `start` that holds `.nixbox/config.toml`.
 
-    Raises ConfigError when there is none.
+    Raises ConfigError when there is none, or, unless `trusting`, when somebody else may have put it there.
     """
     start = start.resolve()
     for directory in (start, *start.parents):
         config = directory / CONFIG_DIR / CONFIG_FILE
         if config.is_file():
-            _check_owner(config)
+            if not trusting:
+                _check_owner(config)
+                _check_planted(directory)
             return directory
     raise ConfigError(
         f"no {CONFIG_DIR}/{CONFIG_FILE} in {start} or any directory above it",
@@ -49,6 +55,73 @@ def _check_owner(config: Path) -> None:
         )
 
 
+# --- which workspaces are this user's own: a guest that can write a directory can put another one into it ---
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What this user's machines were given: workspaces that nixbox has seen, and directories that guests can write.
+
+    Real paths. What lies in one of the latter and was not seen before may have come from a guest.
+    """
+
+    workspaces: frozenset[str] = frozenset()
+    writable: frozenset[str] = frozenset()
+
+
+def known() -> Known:
+    """What was remembered; nothing when there is none or it is damaged."""
+    try:
+        data = json.loads(_known_file().read_text())
+        return Known(frozenset(data["workspaces"]), frozenset(data["writable"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Known()
+
+
+def remember(workspaces: Iterable[Path] = (), writable: Iterable[Path] = (), forget: Iterable[Path] = ()) -> None:
+    """Add to what is known, and take workspaces from it. Raises NixboxError on a full disk."""
+    new, shared, gone = ({str(path) for path in paths} for paths in (workspaces, writable, forget))
+    now = known()
+    if new <= now.workspaces and shared <= now.writable and not gone & now.workspaces:
+        return
+    directory = private_dir(_known_file().parent)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        now = known()
+        data = {"workspaces": (now.workspaces | new) - gone, "writable": now.writable | shared}
+        text = json.dumps({name: sorted(value) for name, value in data.items()}, indent=1)
+        write_atomic(_known_file(), text + "\n", mode=0o600)
+    finally:
+        os.close(fd)
+
+
+def _known_file() -> Path:
+    return state_dir() / "known.json"
+
+
+def writable_by_guests(workspace: Path) -> str | None:
+    """The directory by which a guest may have made this workspace; None for one that is known, or out of reach."""
+    now = known()
+    if str(workspace) in now.workspaces:
+        return None
+    return next((writable for writable in now.writable if workspace.is_relative_to(writable)), None)
+
+
+def _check_planted(workspace: Path) -> None:
+    """Refuse a workspace that a guest may have made: its config could give that guest the host.
+
+    Raises ConfigError.
+    """
+    writable = writable_by_guests(workspace)
+    if writable is not None:
+        raise ConfigError(
+            f"{workspace / CONFIG_DIR} is new, and lies in {writable}, which guests can write: one of them may have "
+            "put it there",
+            hint="look at its files; if it is yours: nixbox trust",
+        )
+
+
 def _xdg(variable: str, fallback: str) -> Path:
     value = os.environ.get(variable, "")
     # The XDG base directory specification: a relative path is to be ignored.
@@ -63,6 +136,11 @@ def cache_dir() -> Path:
 def user_config_dir() -> Path:
     """`$XDG_CONFIG_HOME/nixbox`: user profiles (and, later, plugins)."""
     return _xdg("XDG_CONFIG_HOME", ".config") / "nixbox"
+
+
+def state_dir() -> Path:
+    """`$XDG_STATE_HOME/nixbox`: what must not be lost, and is not for the user to write."""
+    return _xdg("XDG_STATE_HOME", ".local/state") / "nixbox"
 
 
 def runtime_dir(workspace: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from nixbox.errors import NixboxError
 from nixbox.machine import snapshot, usage
 from nixbox.machine.record import MachineDir
 from nixbox.machine.usage import Usage
+from nixbox.plan.model import Shared
 from nixbox.report import harmless
 
 
@@ -22,7 +23,8 @@ class MachineView:
     `state`: `running`, `starting`, `stopped`, `suspended`, or what stopped it (`io-error`).
 
     `memory` is what it takes of the host's, in bytes: resident, of which shared and own (None: not known). `how` says
-    how it came up (see session.Up), `snapshot` why a saved state of it could not be used.
+    how it came up (see session.Up), `snapshot` why a saved state of it could not be used, `mounts` which directories
+    of the host it has.
     """
 
     name: str
@@ -44,6 +46,7 @@ class MachineView:
     how: str = ""
     memory: Usage | None = None
     snapshot: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
@@ -81,7 +84,17 @@ def machine_view(machine: MachineDir) -> MachineView:
         how=record.how if alive else "",
         memory=usage.of(record.pid) if alive and record.pid is not None else None,
         snapshot=why,
+        mounts=tuple(_mount(machine, one, alive) for one in record.shared),
     )
+
+
+def _mount(machine: MachineDir, one: Shared, alive: bool) -> str:
+    """`~/workspace is /home/me/project (read-only)`, and what is wrong with it."""
+    from nixbox.mounts import health
+
+    words = f"{one.target} is {one.real}" + (" (read-only)" if one.readonly else "")
+    trouble = health.trouble(machine.runtime, one) if alive else None
+    return f"{words}: {trouble}; `nixbox up` mounts it again" if trouble else words
 
 
 def machine_views(machines: list[MachineDir]) -> list[MachineView]:

@@ -6,7 +6,7 @@
 let
   python = pkgs.python3Packages;
   dependencies = py: [ py.cffi py.nix-prefetch-github py.pydantic py.sh py.tomlkit py.typer ];
-  programs = [ pkgs.e2fsprogs pkgs.openssh pkgs.passt pkgs.qemu pkgs.util-linux ];
+  programs = [ pkgs.e2fsprogs pkgs.openssh pkgs.passt pkgs.qemu pkgs.util-linux pkgs.virtiofsd ];
   # The user's own come first: nix should be the one of the running daemon, apt the one that knows the host's
   # mirrors and keys.
   fallbacks = [ pkgs.apt pkgs.nix ];

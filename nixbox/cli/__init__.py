@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import env, net, stores
+from nixbox.cli import env, mounts, net, stores
 from nixbox.cli.common import Json, Machine, complete_machine, print_json
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -72,6 +72,8 @@ app.add_typer(stores.template_app, name="template")
 app.add_typer(net.net_app, name="net")
 app.add_typer(env.env_app, name="env")
 app.add_typer(net.port_app, name="port")
+app.command()(mounts.mount)
+app.command()(mounts.unmount)
 
 
 Name = Annotated[
@@ -128,6 +130,16 @@ def init(
 
     path = scaffold.init(Path.cwd(), name=name, base=base)
     print(f"wrote {path.relative_to(Path.cwd())}; next: nixbox up", file=sys.stderr)
+
+
+@app.command()
+def trust() -> None:
+    """Say that this workspace is yours, though a guest could have put it there."""
+    from nixbox import paths
+
+    workspace = paths.find_workspace(Path.cwd(), trusting=True)
+    paths.remember([workspace])
+    print(f"{workspace} is trusted", file=sys.stderr)
 
 
 @app.command()
@@ -208,7 +220,6 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
             {
                 "machine": asdict(plan.machine) | {"state": state, "chosen_accelerator": choice.accelerator},
                 "image": asdict(plan.image) | {"built": str(image.path) if image else None, "relock": why},
-                "notices": list(plan.notices),
             }
         )
         return
@@ -219,8 +230,8 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     print(f"accelerator  {choice.accelerator}: {choice.reason}")
     print(f"resources    {spec.vcpus} vCPUs, {spec.memory_mib} MiB memory, {spec.disk_mib} MiB disk")
     print(f"env          {', '.join(spec.env_names) or '-'}")
-    for notice in plan.notices:
-        print(f"note         {notice}")
+    for mount in spec.mounts:
+        print(f"mount        {mount.target} is {mount.source}{' (read-only)' if mount.readonly else ''}")
 
 
 @app.command()
@@ -273,9 +284,9 @@ def run_command(
 
 def _ephemeral() -> Sandbox:
     """A sandbox for one command, whose own output is the command's: nothing is said but what matters."""
-    from nixbox.session import Sandbox, ephemeral_name
+    from nixbox.session import Sandbox, ephemeral
 
-    return Sandbox.open(Path.cwd(), ephemeral_name(), reporter=_reporter(quiet=True), ephemeral=True)
+    return Sandbox.open(Path.cwd(), ephemeral.name(), reporter=_reporter(quiet=True), ephemeral=True)
 
 
 @app.command()
@@ -329,6 +340,8 @@ def status(name: Name = None, as_json: Json = False) -> None:
             print(f"memory       {resident} resident, {shared} of it shared")
         print(f"disk         {used} used of {found.disk_mib} MiB")
         print(f"network      {found.network}")
+        for one in found.mounts:
+            print(f"mount        {one}")
         if found.how:
             print(f"came up      {found.how}")
         for reason in found.snapshot:

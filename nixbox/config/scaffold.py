@@ -105,6 +105,7 @@ def init(directory: Path, *, name: str | None = None, base: str = "debian") -> P
     place = directory / paths.CONFIG_DIR
     config, ignore = place / paths.CONFIG_FILE, place / ".gitignore"
     try:
+        new = not _is_there(place)
         place.mkdir(parents=True, exist_ok=True)
         if _is_there(config):
             raise ConfigError(f"{config} exists already", hint="edit it, or remove it to start anew")
@@ -113,6 +114,8 @@ def init(directory: Path, *, name: str | None = None, base: str = "debian") -> P
         _write(config, text)  # last: it is what makes a workspace
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or place}: {error.strerror}") from error
+    if new and paths.writable_by_guests(directory.resolve()):  # what was there before may be a guest's
+        paths.remember([directory.resolve()])
     return config
 
 

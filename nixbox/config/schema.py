@@ -165,6 +165,15 @@ def _check_plugin(value: str) -> str:
     return value
 
 
+def guest_path_fault(value: str) -> str | None:
+    """What is wrong with a place in the guest, or None."""
+    try:
+        _check_target(_check_host_path(value))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def domain_fault(value: str) -> str | None:
     """What is wrong with a domain, or None."""
     if re.fullmatch(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", value):

@@ -2,8 +2,8 @@
 
 Guest: `boot 2`, `ready HASH|-`, `here`, `held`, `fail REASON`, `off`. Host: `go LENGTH LINES` and so many bytes
 of shell assignments (answered by `ready`), `hold` (answered by `held`), `env LENGTH` and that many bytes (answered by
-`done`), `sync` (likewise), `setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See
-docs/decisions/003-control-channel.md.
+`done`), `mount LENGTH` and `unmount LENGTH` and assignments (by `done` or `failed REASON`), `sync` (by `done`),
+`setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
 """
 
 from __future__ import annotations
@@ -168,6 +168,8 @@ class Control:
             said, _, rest = line.partition(" ")
             if said == word:
                 return rest
+            if said == "failed":  # what it was asked for; it goes on
+                raise GuestError(printable(rest))
             if said == "fail":
                 raise GuestError(f"the guest cannot start: {printable(rest)}")
             if said != "here":
@@ -189,6 +191,23 @@ class Control:
         # The guest reads at least one byte.
         data = data or b"\n"
         self.send(f"env {len(data)}", data)
+        self.expect("done", timeout_s)
+
+    def mount(self, tag: str, target: str, *, readonly: bool, timeout_s: float) -> None:
+        """Let the guest mount what it finds under `tag`. Raises GuestError when it cannot."""
+        # What the host's own mount forbids anyway; a guest's root can take these away from itself again.
+        options = "nosuid,nodev,ro" if readonly else "nosuid,nodev"
+        self._about_share("mount", timeout_s, share_tag=tag, share_target=target, share_options=options)
+
+    def unmount(self, tag: str, target: str, *, force: bool, timeout_s: float) -> None:
+        """Let the guest unmount it. Raises GuestError when it is in use, unless `force` is set."""
+        forced = "1" if force else "0"
+        self._about_share("unmount", timeout_s, share_tag=tag, share_target=target, share_force=forced)
+
+    def _about_share(self, word: str, timeout_s: float, **variables: str) -> None:
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
+        data = "".join(lines).encode(errors="surrogateescape")
+        self.send(f"{word} {len(data)}", data)
         self.expect("done", timeout_s)
 
     def go(self, message: Go) -> None:

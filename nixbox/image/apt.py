@@ -233,6 +233,10 @@ class AptRoot:
         full = [argv[0], *(f"-o={option}" for option in options), *argv[1:]]
         return run.run(full, timeout_s=_QUERY_TIMEOUT_S, env=self._env).stdout
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether the suite has packages of all these names."""
+        return set(names) <= set(self._query(["apt-cache", "pkgnames"]).split())
+
     def check_known(self, names: Sequence[str]) -> None:
         """Raise UnknownPackagesError for every name that the suite lacks, all at once."""
         if not names:

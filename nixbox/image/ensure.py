@@ -43,7 +43,7 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     if requested != wanted:
         new, gone = sorted(set(wanted) - set(requested)), sorted(set(requested) - set(wanted))
         return "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names)
-    if not base >= _GUEST_NEEDS:
+    if not base >= _GUEST_NEEDS or "host" not in data:
         return "the lock was made by an older nixbox"
     return None
 

@@ -60,10 +60,11 @@ class Lock(_Strict):
     tools: tuple[LockedPackage, ...]
     base_packages: tuple[LockedPackage, ...]
     packages: tuple[LockedPackage, ...]
+    host: tuple[LockedPackage, ...] = ()  # what the host runs for a machine: virtiofsd
 
     def all_packages(self) -> list[LockedPackage]:
         """Every .deb of the lock, each once, sorted by file."""
-        every = (self.bootstrap.package, self.kernel, *self.tools, *self.base_packages, *self.packages)
+        every = (self.bootstrap.package, self.kernel, *self.tools, *self.base_packages, *self.packages, *self.host)
         return [found for _, found in sorted({p.path: p for p in every}.items())]
 
 
@@ -99,7 +100,7 @@ def dump(lock: Lock) -> str:
     data = lock.model_dump()
     parts = []
     for key, value in data.items():
-        if key in ("tools", "base_packages", "packages"):
+        if key in ("tools", "base_packages", "packages", "host"):
             rows = ",\n".join("    " + json.dumps(row) for row in value)
             parts.append(f'  "{key}": [\n{rows}\n  ]' if rows else f'  "{key}": []')
         else:

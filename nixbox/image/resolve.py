@@ -40,6 +40,8 @@ TOOLS_REQUEST = (
     "xz-utils",
     "zstd",
 )
+# What the host runs for a machine (mounts/daemon.py), where the suite has it.
+HOST_REQUEST = ("virtiofsd",)
 _ARCHES: dict[str, Arch] = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
@@ -70,6 +72,7 @@ def resolve(
         progress("resolving packages")
         tools = root.resolve(TOOLS_REQUEST)
         base = root.resolve(BASE_REQUEST)
+        host = root.resolve(HOST_REQUEST) if root.has(HOST_REQUEST) else []
         extra: list[LockedPackage] = []
         if requested:
             status = root.directory / "base.status"
@@ -90,4 +93,5 @@ def resolve(
         tools=tuple(tools),
         base_packages=tuple(base),
         packages=tuple(extra),
+        host=tuple(host),
     )

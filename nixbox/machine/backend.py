@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from nixbox.plan.model import Accelerator
+from nixbox.plan.model import Accelerator, Queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,21 @@ class Backend(Protocol):
 
     def resume(self, sockets: Sockets) -> None:
         """Let a paused machine, or one that stopped on a full host disk, go on."""
+        ...
+
+    def attach(self, sockets: Sockets, tag: str, connection: int) -> None:
+        """Give a VM whose memory is shared a directory of the host; it is found under `tag` in the guest.
+
+        `connection` is a descriptor: of a process that speaks vhost-user as a file system. Raises NixboxError.
+        """
+        ...
+
+    def queues(self, sockets: Sockets, tag: str) -> tuple[Queue, ...]:
+        """Where an attached directory's queues are in the guest's memory; none before the guest has set them up."""
+        ...
+
+    def detach(self, sockets: Sockets, tag: str) -> bool:
+        """Take it away again; whether the guest let go of it, which it should have unmounted."""
         ...
 
     def quit(self, sockets: Sockets) -> None:

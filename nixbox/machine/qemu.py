@@ -14,10 +14,13 @@ from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import Features, Network, Sockets, VmSpec
-from nixbox.machine.qmp import Qmp, QmpClosed
+from nixbox.machine.qmp import Qmp, QmpClosed, QmpCommandError, QmpTimeout
+from nixbox.plan.model import Queue
 
 _PROGRAM = "qemu-system-x86_64"
 _QMP_TIMEOUT_S = 10.0
+_UNPLUG_TIMEOUT_S = 5.0
+_QUEUE = 512  # requests that may wait at a time
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
 
 
@@ -39,7 +42,7 @@ class Qemu:
     """Backend `qemu`: runs anywhere QEMU does, with KVM, Apple's hypervisor or software emulation."""
 
     name = "qemu"
-    features = Features(restore=True, hot_plug=False)
+    features = Features(restore=True, hot_plug=True)
 
     def check_host(self) -> None:
         """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
@@ -143,6 +146,44 @@ class Qemu:
         """`cont`: a write that failed for lack of space is tried again."""
         with self._monitor(sockets) as qmp:
             qmp.execute("cont")
+
+    def attach(self, sockets: Sockets, tag: str, connection: int) -> None:
+        """`chardev-add` and `device_add` of vhost-user-fs-pci (docs/system/devices/vhost-user.rst)."""
+        with self._monitor(sockets) as qmp:
+            qmp.execute("getfd", {"fdname": tag}, fds=[connection])
+            address = {"type": "fd", "data": {"str": tag}}
+            backend = {"type": "socket", "data": {"addr": address, "server": False}}
+            qmp.execute("chardev-add", {"id": f"c-{tag}", "backend": backend})
+            device = {"driver": "vhost-user-fs-pci", "id": tag, "chardev": f"c-{tag}", "tag": tag}
+            bus = {"bus": qemu_args.MOUNTS_BUS, "queue-size": _QUEUE}
+            try:
+                qmp.execute("device_add", device | bus)
+            except QmpCommandError:
+                qmp.execute("chardev-remove", {"id": f"c-{tag}"})
+                raise
+
+    def queues(self, sockets: Sockets, tag: str) -> tuple[Queue, ...]:
+        """`x-query-virtio-vhost-queue-status` (QEMU 7.2). The one without `vhost` would stop the queue."""
+        found = []
+        with self._monitor(sockets) as qmp, contextlib.suppress(QmpCommandError):
+            for number in range(2):  # that for urgent messages, and that for requests
+                path = f"/machine/peripheral/{tag}/virtio-backend"
+                said = qmp.execute("x-query-virtio-vhost-queue-status", {"path": path, "queue": number})
+                found.append(Queue(said["desc-phys"], said["avail-phys"], said["used-phys"], said["num"]))
+        return tuple(queue for queue in found if queue.descriptors)
+
+    def detach(self, sockets: Sockets, tag: str) -> bool:
+        """`device_del`, which asks the guest, and `chardev-remove`."""
+        with self._monitor(sockets) as qmp:
+            try:
+                qmp.execute("device_del", {"id": tag})
+                qmp.wait_event(
+                    "DEVICE_DELETED", timeout_s=_UNPLUG_TIMEOUT_S, where=lambda event: event.data.get("device") == tag
+                )
+                qmp.execute("chardev-remove", {"id": f"c-{tag}"})
+            except (QmpCommandError, QmpTimeout):
+                return False
+        return True
 
     def quit(self, sockets: Sockets) -> None:
         """`quit`; a QEMU that closes the socket before it answers has done so too."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from nixbox.machine.backend import VmSpec
 from nixbox.plan.model import NETWORK_MTU
 
+MOUNTS_BUS = "mounts"
 KERNEL_ARGS = (
     "console=ttyS0",
     "quiet",
@@ -115,6 +116,8 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *("-device", f"virtio-net-pci,netdev=net,host_mtu={NETWORK_MTU},romfile="),
         *("-object", "rng-builtin,id=rng"),
         *("-device", "virtio-rng-pci,rng=rng"),
+        # Directories of the host come and go behind it: 31 places, for less than as many ports cost a boot.
+        *("-device", f"pcie-pci-bridge,id={MOUNTS_BUS}"),
         # Another number at every start: a guest that was saved renews its random numbers (docs/specs/vmgenid.rst).
         *("-device", "vmgenid,guid=auto"),
     ]

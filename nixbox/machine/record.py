@@ -22,7 +22,7 @@ from typing import Any
 from nixbox import paths
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
-from nixbox.plan.model import Policy
+from nixbox.plan.model import Policy, Shared
 
 FORMAT = 1
 GUARD_LOCK = "guard"  # in the runtime directory
@@ -38,7 +38,8 @@ class Record:
     setup that ran (None: none yet); `workspace` is where the machine was last started; `how` says how that went (see
     session.Up); `ephemeral` machines end with the command that they were made for; `env_hash` is that of the
     environment which the guest was given (see snapshot.env_hash); `return_memory` is the config's;
-    `network` the policy that it was started with (plan.model.Policy).
+    `network` the policy that it was started with (plan.model.Policy). `mounts` are the host's directories that it has
+    (Shared); `shares_memory` says that other processes than the hypervisor may see its memory, which these need.
     """
 
     name: str
@@ -61,12 +62,19 @@ class Record:
     env_hash: str = ""
     return_memory: bool = False
     network: dict[str, Any] = field(default_factory=dict)
+    mounts: list[dict[str, Any]] = field(default_factory=list)
+    shares_memory: bool = False
     format: int = FORMAT
 
     @property
     def policy(self) -> Policy:
         """`network`; nothing leaves a machine whose record does not tell."""
         return Policy.from_json(self.network) if self.network else Policy("off")
+
+    @property
+    def shared(self) -> list[Shared]:
+        """`mounts`."""
+        return [Shared(**mount) for mount in self.mounts]
 
 
 class MachineDir:
@@ -211,6 +219,20 @@ class MachineDir:
             finally:
                 os.close(fd)
 
+    def is_busy(self) -> bool:
+        """Whether a command is changing the machine at this moment."""
+        try:
+            fd = os.open(self.path / "busy", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def remove_if_idle(self) -> None:
         """Remove the machine unless a command is at work on it, or is just about to begin or to end."""
         try:
@@ -260,37 +282,9 @@ class MachineDir:
                     return
                 time.sleep(0.002)
 
-    def holders(self) -> list[int]:
-        """The processes that have the liveness lock's file open (Linux: /proc), without this one."""
-        try:
-            wanted = (self.path / "lock").stat()
-        except FileNotFoundError:
-            return []
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            pid = int(process.name)
-            if pid != os.getpid() and _has_open(process, wanted):
-                found.append(pid)
-        return found
-
     def kill(self, sig: signal.Signals, wait_s: float) -> bool:
-        """Signal the VM process and wait until the lock is free; returns whether it is.
-
-        The signal goes through a pidfd that is taken before the process is checked to hold our lock, so a
-        reused process id is never hit.
-        """
-        for pid in self.holders():
-            try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            try:
-                if pid in self.holders():
-                    signal.pidfd_send_signal(pidfd, sig)
-            except ProcessLookupError:
-                continue
-            finally:
-                os.close(pidfd)
+        """Signal the VM process and wait until the lock is free; returns whether it is."""
+        signal_holders(self.path / "lock", sig)
         return self.wait_gone(wait_s)
 
     def wait_gone(self, wait_s: float) -> bool:
@@ -302,6 +296,40 @@ class MachineDir:
             # flock has no timed wait and no descriptor to poll.
             time.sleep(0.01)
         return True
+
+
+def holders(lock: Path) -> list[int]:
+    """The processes that have a lock's file open (Linux: /proc), without this one."""
+    try:
+        wanted = lock.stat()
+    except FileNotFoundError:
+        return []
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        pid = int(process.name)
+        if pid != os.getpid() and _has_open(process, wanted):
+            found.append(pid)
+    return found
+
+
+def signal_holders(lock: Path, sig: signal.Signals) -> None:
+    """Signal every process that has a lock's file open.
+
+    The signal goes through a pidfd that is taken before the process is checked to hold our lock, so a reused process
+    id is never hit.
+    """
+    for pid in holders(lock):
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if pid in holders(lock):
+                signal.pidfd_send_signal(pidfd, sig)
+        except ProcessLookupError:
+            continue
+        finally:
+            os.close(pidfd)
 
 
 def _above_stdio(fd: int) -> int:

@@ -20,15 +20,20 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nixbox.network import dns, inside, namespace, policy, refusals, upstream
+from nixbox import linux
+from nixbox.network import dns, inside, policy, refusals, upstream
 from nixbox.plan.model import Policy
+
+if TYPE_CHECKING:
+    from nixbox.mounts.standin import StandIn
 
 _LONGEST_S = 300  # of any time in an answer, so that what was admitted is asked for again and does not pile up
 _GRACE_S = 60  # resolvers round, and a connection is made a moment after the answer
 _ATTACH_AGAIN_S = 3.0
 _ATTACH_TIMEOUT_S = 10.0
+_MOST_FDS = 64
 _MOST_QUESTIONS = 64  # at a time
 _CLIENT_TIMEOUT_S = 10.0
 _KNOWN_NAMES = 4096
@@ -50,6 +55,10 @@ class Guard:
         self._attach_at = 0.0
         self._attach_until = 0.0
         self._names: dict[str, str] = {}
+        self._watched: dict[
+            int, tuple[str, list[dict[str, Any]], list[int]]
+        ] = {}  # by pidfd: tag, queues, descriptors
+        self._standing_in: dict[str, StandIn] = {}
         self._lock = threading.Lock()  # for the helper's channel, the log and the names
         self._slots = threading.BoundedSemaphore(_MOST_QUESTIONS)
         self._selector = selectors.DefaultSelector()
@@ -99,7 +108,7 @@ class Guard:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=namespace.end_with_parent,
+                preexec_fn=linux.end_with_parent,
                 cwd="/",
             )
         (self.runtime / "pasta.pid").write_text(str(self.outside.pid))
@@ -260,8 +269,41 @@ class Guard:
         with client:
             client.settimeout(1.0)
             with contextlib.suppress(OSError, ValueError, KeyError):
-                request = json.loads(client.recv(1 << 16))
+                data, fds, _, _ = socket.recv_fds(client, 1 << 16, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                request = json.loads(data)
+                if "watch" in request:
+                    self._watch(request["watch"], fds)
+                if "forget" in request:
+                    self._forget(request["forget"])
                 client.sendall(json.dumps(self._do(request)).encode())
+
+    # --- mounts ---
+
+    def _watch(self, what: dict[str, Any], fds: list[int]) -> None:
+        """Watch over a process that serves a mount: its pidfd comes first, then what it takes to stand in for it."""
+        pidfd, *rest = fds
+        self._watched[pidfd] = (what["tag"], what["queues"], rest)
+        self._selector.register(pidfd, selectors.EVENT_READ)
+
+    def _ended(self, pidfd: int) -> None:
+        """Such a process is gone: nobody in the guest shall wait for it."""
+        from nixbox.mounts import standin
+
+        tag, queues, fds = self._watched.pop(pidfd)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        stand_in = standin.StandIn(standin.Device.from_json(queues, fds))
+        self._standing_in[tag] = stand_in
+        stand_in.start()
+
+    def _forget(self, tag: str) -> None:
+        """A mount was taken away: its process may end."""
+        if tag in self._standing_in:
+            self._standing_in.pop(tag).stop()
+        for pidfd in [fd for fd, watched in self._watched.items() if watched[0] == tag]:
+            self._selector.unregister(pidfd)
+            for fd in (pidfd, *self._watched.pop(pidfd)[2]):
+                os.close(fd)
 
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         if "allow" in request:
@@ -299,6 +341,9 @@ class Guard:
             for key, _ in self._selector.select(1.0 if settled else 0.005 if not self._ready else 0.5):
                 if key.fileobj == self.alive:
                     return
+                if key.fd in self._watched:
+                    self._ended(key.fd)
+                    continue
                 with contextlib.suppress(BlockingIOError):
                     served[key.fileobj]()  # type: ignore[index]
 

@@ -6,31 +6,20 @@ process joins it and gives up every capability over it: even one that the guest 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
-import signal
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from nixbox import linux
 from nixbox.errors import HostError
 from nixbox.network import policy
 
-_CLONE_NEWUSER = 0x10000000  # sched.h
-_CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-# linux/prctl.h
-_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
-_SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
-_LAST_CAPABILITY = 63
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +42,13 @@ class Namespace:
     def join_for_good(self) -> None:
         """Let this process live in the namespaces without any right over them: for a child, before it executes."""
         join(self.user, self.net)
-        give_up()
-
-
-def _checked(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        linux.give_up()
 
 
 def join(user: int, net: int) -> None:
     """Enter a user namespace, with all rights in it, and a network namespace of it. Raises OSError."""
-    _checked(_libc.setns(user, _CLONE_NEWUSER))
-    _checked(_libc.setns(net, _CLONE_NEWNET))
-
-
-def give_up() -> None:
-    """Never have a capability again, whatever this process executes. Raises OSError."""
-    _checked(_libc.prctl(_PR_SET_SECUREBITS, _SECBITS_NOROOT_LOCKED, 0, 0, 0))
-    for capability in range(_LAST_CAPABILITY + 1):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            if ctypes.get_errno() != errno.EINVAL:
-                _checked(-1)
-            break  # this kernel knows no more
-    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-
-
-def end_with_parent() -> None:
-    """Let this process be killed when the one that started it ends: for a child, before it executes."""
-    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    linux.setns(user, linux.CLONE_NEWUSER)
+    linux.setns(net, linux.CLONE_NEWNET)
 
 
 def of_process(pid: int) -> tuple[int, int]:
@@ -133,11 +100,8 @@ def _explained(step: str, why: str) -> HostError:
 def _make(answer: socket.socket) -> None:
     """In the child: enter new namespaces, make the device, and send all three."""
     step = "namespace"
-    uid, gid = os.geteuid(), os.getegid()
     try:
-        _checked(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET))
-        for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            Path(f"/proc/self/{file}").write_text(text)
+        linux.own_user_namespace(linux.CLONE_NEWNET)
         step = "tun"
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR

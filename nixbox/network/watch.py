@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,17 @@ def pasta() -> list[str]:
     return argv
 
 
-def ask(files: Files, **request: Any) -> dict[str, Any]:
-    """Ask a running guard: nothing, or `allow` with domains. Raises NixboxError when it does not answer."""
+def ask(files: Files, fds: Sequence[int] = (), **request: Any) -> dict[str, Any]:
+    """Ask a running guard how it is, and one of these: `allow` domains; `watch` over the process of a mount (`tag`,
+    `queues`; `fds`: its pidfd and those of a standin.Device), `forget` that of a tag.
+
+    Raises NixboxError when it does not answer.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(_ASK_TIMEOUT_S)
             sock.connect(str(files.control))
-            sock.sendall(json.dumps(request).encode())
+            socket.send_fds(sock, [json.dumps(request).encode()], fds)
             sock.shutdown(socket.SHUT_WR)
             data = b""
             while more := sock.recv(1 << 16):

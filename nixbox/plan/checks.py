@@ -31,22 +31,8 @@ def check(loaded: Loaded) -> None:
     for i, port in enumerate(hosts):
         if port in hosts[:i]:
             refuse(f"ports[{i}].host", f"port {port} of the host is taken by an earlier entry")
-    if any(_is_set(loaded, f"mounts[{i}]") for i in range(len(settings.mounts))):
-        refuse("mounts", "this version cannot mount host directories; use scp or rsync with `nixbox ssh-config`")
     for event, commands in settings.hooks.items():
         if commands:
             refuse(f"hooks.{event}", "this version does not run hooks; remove them")
     if faults:
         raise ConfigError("the config asks for what this version of nixbox cannot do", faults=faults)
-
-
-def _is_set(loaded: Loaded, field: str) -> bool:
-    found = [source for key, source in loaded.origins.items() if key == field or key.startswith(f"{field}.")]
-    return any(source != "default" for source in found)
-
-
-def notices(loaded: Loaded) -> tuple[str, ...]:
-    """What an `up` should say, since a default of the design is not there yet."""
-    if loaded.settings.mounts:
-        return ("the workspace is not mounted in the guest: this version cannot mount host directories",)
-    return ()

@@ -60,6 +60,44 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """A directory of the host (as written, or absolute) and its place in the guest (`~`: its user's home)."""
+
+    source: str
+    target: str
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A directory of the host that a machine has: absolute `source`, of which `real` is the path without links.
+
+    `device` and `inode` say what was shared, whatever the path means by now. `target` is as written; `added`: by
+    `nixbox mount`, and not by the config. `tag` is the name by which the running guest knows it, never used twice
+    (empty: the guest has not got it).
+    """
+
+    source: str
+    real: str
+    device: int
+    inode: int
+    target: str
+    readonly: bool
+    added: bool = False
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A virtqueue: guest-physical addresses of its three parts, and how many descriptors it has."""
+
+    descriptors: int
+    available: int
+    used: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """What a machine is made of beside its image; changing any of it rebuilds nothing."""
 
@@ -75,12 +113,12 @@ class MachineSpec:
     env_names: tuple[str, ...]
     network: Policy
     published: tuple[tuple[int, int], ...] = ()
+    mounts: tuple[Mount, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One `up`: the image, the machine, and what the user should be told about both."""
+    """One `up`: the image and the machine."""
 
     image: ImageSpec
     machine: MachineSpec
-    notices: tuple[str, ...]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import ConfigError, NixboxError, NotRunningError
+from nixbox.errors import ConfigError, NotRunningError
 from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Phases, Reporter
-from nixbox.session import net, stop
+from nixbox.session import finish, net, stop
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
@@ -129,8 +129,7 @@ class Sandbox:
             env = resolve_env(loaded.settings, self.environ)
         self._backend().check_host()
         ssh.check_path(self.machine.ssh)
-        for notice in plan.notices:
-            self.report.note(f"note: {notice}")
+        self._look_at_mounts(plan)
         with self.busy():
             if self.machine.alive():
                 running = self._running(plan, env)
@@ -186,14 +185,53 @@ class Sandbox:
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
-        net.heal(self.machine, record, self.report)
+        self._heal(record)
         self._tell_what_waits(plan, record)
         self._push(record, env)
         # The guest's own marker, not the record: a start may have been cut off between the two.
-        setup = self._setup(plan, self._setup_done() if plan.machine.setup is not None else None)
-        self._publish_ports(plan)
-        failed = self._scripts(plan)
+        done = finish.setup_done(self.machine) if plan.machine.setup is not None else None
+        setup = finish.setup(self.machine, plan, done, self.report)
+        finish.publish_ports(self.machine, plan, self.report)
+        failed = finish.scripts(self.machine, plan, self.report)
         return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
+
+    def _look_at_mounts(self, plan: Plan) -> None:
+        """Raises ConfigError for directories that cannot be mounted; says where links lead."""
+        from nixbox.session import mounts
+
+        for place in mounts.resolve(plan.machine.mounts, self.workspace):
+            if place.moved:
+                self.report.note(f"{place.mount.target} is {place.source} ({place.mount.source} leads there)")
+
+    def _heal(self, record: Record) -> None:
+        """Start again what serves a running machine and has ended."""
+        from nixbox.session import mounts
+
+        if net.heal(self.machine, record, self.report):
+            mounts.watch_again(self.machine, self._backend(), record)
+        mounts.heal(self.machine, self._backend(), self.report)
+
+    def mount(self, source: str, target: str, *, readonly: bool = False) -> Path:
+        """Share a directory of the host with the running machine, now and at every later start.
+
+        `source` is relative to the current directory; returns its real path. Raises NotRunningError, ConfigError.
+        """
+        from nixbox.session import mounts
+
+        self.require_running()
+        with self.busy():
+            return mounts.mount(self.machine, self._backend(), source, target, readonly=readonly)
+
+    def unmount(self, target: str, *, force: bool = False) -> bool:
+        """Take a directory away from the running machine; whether it had one there.
+
+        Raises NotRunningError, and GuestError when it is in use there and `force` is not set.
+        """
+        from nixbox.session import mounts
+
+        self.require_running()
+        with self.busy():
+            return mounts.remove(self.machine, self._backend(), target, force=force) is not None
 
     def push_env(self) -> list[str]:
         """Give the running guest the config's variables as they are now; returns their names.
@@ -218,6 +256,7 @@ class Sandbox:
     def _tell_what_waits(self, plan: Plan, record: Record) -> None:
         """A running machine keeps its image and shape; say so where the config has changed them."""
         from nixbox.image import ensure
+        from nixbox.session import mounts
 
         spec = plan.machine
         changed = []
@@ -226,32 +265,18 @@ class Sandbox:
             changed.append("resources")
         if record.network != spec.network.as_json():
             changed.append("network")
+        if not mounts.follow(self.machine, self._backend(), spec.mounts, self.report):
+            changed.append("mounts")
         image = ensure.current(self.workspace, plan.image)
         if image is None or str(image.path) != record.image:
             changed.append("image")
         if changed:
             self.report.note(f"note: changed: {', '.join(changed)}; `nixbox down` and `nixbox up` put it into effect")
 
-    def _publish_ports(self, plan: Plan) -> None:
-        """Those of the config, and those that were added to the machine before."""
-        from nixbox.session import ports
-
-        for published in ports.wanted(self.machine, plan.machine.published):
-            try:
-                ports.publish(self.machine, published)
-            except NixboxError as error:
-                self.report.note(f"note: {error.message}")
-
-    def _setup_done(self) -> str | None:
-        """The hash of the setup that ran in the running guest."""
-        said = run.run(
-            [*stop.reached(self.machine).argv("-T"), "cat /var/lib/nixbox/setup-done 2>/dev/null || :"], timeout_s=60
-        )
-        return said.stdout.strip() or None
-
     def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
         """Directories, keys and record: all that a start needs but the disk of a new machine."""
         from nixbox.machine import overlay, record
+        from nixbox.session import mounts
 
         machine, spec = self.machine, plan.machine
         old = machine.load() if machine.exists() else None
@@ -283,7 +308,9 @@ class Sandbox:
             ephemeral=self.ephemeral,
             return_memory=spec.return_memory,
             network=spec.network.as_json(),
+            mounts=mounts.wanted(spec.mounts, old, self.workspace),
         )
+        new = replace(new, shares_memory=bool(new.mounts))
         new = replace(new, env_hash=self._env_hash(new.machine_id, env))
         return self._start(new, image, loaded, env)
 
@@ -314,12 +341,13 @@ class Sandbox:
         if begun.failure is not None:
             raise begun.failure
         with self.phase("setup"):
-            setup = self._setup(plan, None if begun.setup == "-" else begun.setup)
+            done = None if begun.setup == "-" else begun.setup
+            setup = finish.setup(self.machine, plan, done, self.report)
             if begun.made and begun.template == "ready" and setup == "done before":
                 setup = "ran"
-        self._publish_ports(plan)
+        finish.publish_ports(self.machine, plan, self.report)
         with self.phase("scripts"):
-            failed = self._scripts(plan)
+            failed = finish.scripts(self.machine, plan, self.report)
         return Up(
             name=self.machine.name,
             how=begun.how,
@@ -331,46 +359,6 @@ class Sandbox:
             template=begun.template,
             made=begun.made,
         )
-
-    def _setup(self, plan: Plan, done: str | None) -> str:
-        """Run the profile's setup unless one ran before. Raises NixboxError when it fails; the next up retries."""
-        text = plan.machine.setup
-        if text is None:
-            return "none"
-        from nixbox.guest import control
-        from nixbox.guest.setup import setup_hash
-        from nixbox.session.templates import run_setup
-
-        wanted = setup_hash(text)
-        if done is not None:
-            if done != wanted:
-                self.report.note(
-                    "note: the profile's setup has changed; it ran before and is not run again on this machine "
-                    f"(`nixbox rm {self.machine.name}` and `nixbox up` start a fresh one)"
-                )
-            return "done before"
-        stop.reached(self.machine)
-        failure = run_setup(self.machine, self.report, text)
-        if failure is not None:
-            raise failure
-        with control.Control.connect(self.machine.sockets.control) as channel:
-            channel.setup_done(wanted, stop.STOP_TIMEOUT_S)
-        self.machine.update(setup=wanted)
-        return "ran"
-
-    def _scripts(self, plan: Plan) -> tuple[str, ...]:
-        """Run every script in order; a failure is shown and the next one runs."""
-        failed = []
-        for number, script in enumerate(plan.machine.scripts, 1):
-            from nixbox.guest import setup
-
-            title = f"script {number} of {script.origin}"
-            self.report.phase(f"running {title}")
-            code = setup.run_script(stop.reached(self.machine), title, script.text, None, self.report.output)
-            if code != 0:
-                self.report.note(f"warning: {title} failed with exit code {code}")
-                failed.append(title)
-        return tuple(failed)
 
     # --- down and rm ---
 
@@ -497,10 +485,15 @@ class Sandbox:
                 self.machine.load()  # raises with the words for a machine that is not there
             raise NotRunningError(f"`{self.machine.name}` is not running", hint="`nixbox up` starts it")
         if not self.machine.load().ready:
-            raise NotRunningError(f"`{self.machine.name}` is still starting", hint="wait for `nixbox up`")
+            if self.machine.is_busy():
+                raise NotRunningError(f"`{self.machine.name}` is still starting", hint="wait for `nixbox up`")
+            raise NotRunningError(
+                f"`{self.machine.name}` is not running: its start was cut off", hint="`nixbox up` starts it anew"
+            )
         if self.machine.paused.exists():
             with self.busy():
                 stop.heal(self.machine, self._backend())
+                self._heal(self.machine.load())
         return stop.reached(self.machine)
 
     def run(
@@ -543,7 +536,9 @@ class Sandbox:
 
         If this process is killed, the VM ends with it, and the next `run_once` removes what it left.
         """
-        sweep_ephemeral(self.workspace)
+        from nixbox.session import ephemeral
+
+        ephemeral.sweep(self.workspace)
         try:
             self.up()
             return self.run(command, tty=tty, timeout_s=timeout_s, env=env, workdir=workdir)
@@ -553,21 +548,6 @@ class Sandbox:
     def shell(self) -> None:
         """Become a login shell in the guest."""
         run.replace([*self.require_running().argv("-t"), "/run/nixbox/session"])
-
-
-def ephemeral_name() -> str:
-    """A name for a machine that lasts for one command."""
-    return f"run-{os.urandom(4).hex()}"
-
-
-def sweep_ephemeral(workspace: Path) -> None:
-    """Remove what ephemeral machines have left whose command was killed."""
-    machines = workspace / paths.CONFIG_DIR / "machines"
-    for path in machines.glob("run-" + "[0-9a-f]" * 8):
-        machine = MachineDir(workspace, path.name)
-        record = machine.load_or_none()
-        if (record.ephemeral if record is not None else not machine.exists()) and not machine.alive():
-            machine.remove_if_idle()
 
 
 def default_machine(workspace: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nixbox.errors import NixboxError
+from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import overlay
 from nixbox.session import stop
 
@@ -115,6 +115,8 @@ def _restore(start: Start, plan: Plan) -> Begun | None:
         report.phase(f"restoring `{machine.name}` from a template ({start.record.accelerator})")
         machine.save(start.record)
         return _from_template(start, found, stage)
+    except (ConfigError, HostError):  # no fault of the template's
+        raise
     except NixboxError as error:
         if made.path is None or not machine.overlay.exists():  # nothing to boot with, or no disk could be made
             raise

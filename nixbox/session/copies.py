@@ -16,8 +16,8 @@ from nixbox.machine import record, saved, snapshot, template, usage
 from nixbox.machine.backend import MemoryFile
 from nixbox.network.watch import Watch
 from nixbox.report import Phases
-from nixbox.session import stop
-from nixbox.session.start import Restored, Start, privately
+from nixbox.session import mounts, stop
+from nixbox.session.start import Restored, Start
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir
@@ -80,6 +80,12 @@ def suspend(start: Start) -> None:
     # A mapped file on a full disk is a SIGBUS, not an error that could be told.
     paths.require_space(machine.path, min(needed_bytes, start.record.memory_mib << 20), "the machine's memory")
     new.mkdir(mode=0o700)
+    with mounts.away(machine, start.backend, start.report):
+        _suspend(start, new)
+
+
+def _suspend(start: Start, new: Path) -> None:
+    machine = start.machine
     with control.Control.connect(machine.sockets.control) as channel:
         channel.sync(_SYNC_TIMEOUT_S)  # if the snapshot cannot be used one day, the disk alone must do
     try:
@@ -116,7 +122,7 @@ def resume(start: Start) -> Restored:
     state = (directory / "state").read_bytes()
     memory = os.open(directory / "memory", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        return start.restore(privately(memory), state, (memory,), going_on=lambda: snapshot.going_on(directory))
+        return start.restore_from(memory, state, going_on=lambda: snapshot.going_on(directory))
     finally:
         os.close(memory)
 
@@ -157,15 +163,16 @@ def _captured(parent: Start, child: MachineDir, memory: int) -> bytes:
     whole = os.memfd_create("nixbox-fork", os.MFD_CLOEXEC)
     try:
         os.ftruncate(whole, parent.record.memory_mib << 20)
-        # If we are killed from here on, the next command on the machine lets it go on.
-        machine.paused.touch(mode=0o600)
-        try:
-            state = capture(parent, MemoryFile(Path(f"/proc/self/fd/{whole}"), shared=True), (whole,))
-            saved.copy(machine.overlay, child.overlay)
-        finally:
-            if machine.alive():
-                parent.backend.resume(machine.sockets)
-            machine.paused.unlink(missing_ok=True)
+        with mounts.away(machine, parent.backend, parent.report):
+            # If we are killed from here on, the next command on the machine lets it go on.
+            machine.paused.touch(mode=0o600)
+            try:
+                state = capture(parent, MemoryFile(Path(f"/proc/self/fd/{whole}"), shared=True), (whole,))
+                saved.copy(machine.overlay, child.overlay)
+            finally:
+                if machine.alive():
+                    parent.backend.resume(machine.sockets)
+                machine.paused.unlink(missing_ok=True)
         # QEMU has looked at every page, and a memfd keeps what was looked at.
         saved.compact(whole, memory)
     finally:

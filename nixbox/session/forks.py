@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from nixbox.image import store
@@ -70,6 +70,7 @@ def _child(box: Sandbox, parent: Start) -> Start:
         created_at=int(time.time()),
         ready=False,
         env_hash=snapshot.env_hash(ident, parent.env),
+        mounts=[asdict(replace(one, tag="")) for one in parent.record.shared],
     )
     machine.save(record)
     watch = Watch(parent.watch.policy)

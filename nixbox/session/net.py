@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nixbox.errors import ConfigError, NixboxError, NotRunningError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from nixbox.machine.record import MachineDir, Record
@@ -23,16 +24,21 @@ def files(machine: MachineDir) -> Files:
     return Files(runtime, runtime / GUARD_LOCK, machine.vm_log, machine.logs / "net.log")
 
 
-def heal(machine: MachineDir, record: Record, report: Reporter) -> None:
-    """Start the guard of a running machine again if it was killed. Under the busy lock. Raises HostError."""
+def heal(machine: MachineDir, record: Record, report: Reporter) -> bool:
+    """Start the guard of a running machine again if it was killed; whether it was. Under the busy lock.
+
+    Raises HostError.
+    """
     from nixbox.network import watch
 
     if record.pid is None or not record.network:
-        return
+        return False
     guard = watch.Watch(record.policy)
     if watch.heal(guard, machine.name, files(machine), record.pid):
         report.note("the guard of the machine's network had ended; it was started again")
         settle(guard, report)
+        return True
+    return False
 
 
 def settle(guard: Watch, report: Reporter) -> None:
@@ -42,13 +48,13 @@ def settle(guard: Watch, report: Reporter) -> None:
         report.note(f"note: the machine has no way out for now: {trouble}")
 
 
-def ask(machine: MachineDir, **request: Any) -> dict[str, Any]:
-    """Ask the guard of a running machine. Raises NotRunningError, and NixboxError when it does not answer."""
+def ask(machine: MachineDir, fds: Sequence[int] = (), **request: Any) -> dict[str, Any]:
+    """Ask the guard of a running machine (see watch.ask). Raises NotRunningError, NixboxError."""
     from nixbox.network import watch
 
     if not machine.alive():
         raise NotRunningError(f"`{machine.name}` is not running", hint="`nixbox up` starts it")
-    return watch.ask(files(machine), **request)
+    return watch.ask(files(machine), fds, **request)
 
 
 def allow(machine: MachineDir, domains: list[str]) -> None:

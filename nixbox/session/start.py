@@ -9,7 +9,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from nixbox.machine.backend import MemoryFile, VmSpec
 from nixbox.network import namespace, policy
 from nixbox.network.watch import Watch
 from nixbox.report import Phases
-from nixbox.session import net
+from nixbox.session import mounts, net
 
 if TYPE_CHECKING:
     import socket
@@ -51,6 +52,17 @@ def own_copy(fd: int) -> Iterator[int]:
         yield copy
     finally:
         os.close(copy)
+
+
+@contextmanager
+def own_memory(mib: int) -> Iterator[int]:
+    """Memory for a guest that boots and that others than the hypervisor have to see; it lasts as long as the VM."""
+    memory = os.memfd_create("nixbox-memory", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(memory, mib << 20)
+        yield memory
+    finally:
+        os.close(memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,11 @@ class Start:
     bound: bool = False
     watch: Watch = field(default_factory=Watch)
 
+    @cached_property
+    def shares(self) -> mounts.Shares:
+        """The host's directories that the machine has."""
+        return mounts.Shares(self.machine, self.backend, self.image)
+
     def spec(self, memory: MemoryFile | None = None, *, incoming: bool = False) -> VmSpec:
         """The VM that the record describes."""
         return VmSpec(
@@ -135,29 +152,44 @@ class Start:
 
     def boot(self, memory: MemoryFile | None = None) -> control.Control:
         """Start from nothing, up to the guest's `boot`; returns the channel, on which `go` is to follow."""
-        with self.phase("boot"):
-            self.launch(self.spec(memory))
+        with self.phase("boot"), ExitStack() as undo:
+            if memory is None and self.record.shares_memory:
+                with own_memory(self.record.memory_mib) as own:
+                    self.launch(self.spec(MemoryFile(Path(f"/proc/self/fd/{own}"), shared=True)), (own,))
+            else:
+                self.launch(self.spec(memory))
+            undo.callback(self.shares.abandon)
+            self.shares.serve(self.record.shared)
             ssh.make_keys(self.machine.ssh)
             channel = control.Control.connect(self.machine.sockets.control)
             try:
                 version = channel.expect("boot", BOOT_TIMEOUT_S)
                 if version != control.PROTOCOL:
                     raise control.GuestError(f"the image speaks control protocol {version}; rebuild it")
+                self.shares.plug()
             except control.GuestError as error:
                 channel.close()
                 raise self.explained(error) from None
             except BaseException:
                 channel.close()
                 raise
+            undo.pop_all()
         return channel
 
-    def restore_from(self, memory: int, state: bytes, *, held: bool = False) -> Restored:
-        """`restore` with memory from a file that others map too (a descriptor)."""
-        if not self.record.return_memory:
-            return self.restore(privately(memory), state, (memory,), held=held)
-        # Holes will be made in it: it must be this machine's alone.
+    def restore_from(
+        self, memory: int, state: bytes, *, held: bool = False, going_on: Callable[[], None] = lambda: None
+    ) -> Restored:
+        """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
+
+        `memory` is a file (a descriptor) that others may map too. `held`: the guest's SSH server waits for its key,
+        connected to its host; ours takes that host's place at once. `going_on` is called before the guest goes on.
+        """
+        if not (self.record.return_memory or self.record.shares_memory):
+            return self.restore(privately(memory), state, (memory,), held=held, going_on=going_on)
+        # Holes will be made in it, or others than the hypervisor have to see it: it must be this machine's alone.
         with own_copy(memory) as copy:
-            return self.restore(MemoryFile(Path(f"/proc/self/fd/{copy}"), shared=True), state, (copy,), held=held)
+            own = MemoryFile(Path(f"/proc/self/fd/{copy}"), shared=True)
+            return self.restore(own, state, (copy,), held=held, going_on=going_on)
 
     def restore(
         self,
@@ -168,20 +200,19 @@ class Start:
         held: bool = False,
         going_on: Callable[[], None] = lambda: None,
     ) -> Restored:
-        """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
-
-        `held`: the guest's SSH server waits for its key, connected to its host; ours takes that host's place at once.
-        `going_on` is called before the guest goes on.
-        """
+        """`restore_from` with memory as it is."""
         sockets = self.machine.sockets
         with self.phase("restore"), ExitStack() as undo:
             self.launch(self.spec(memory, incoming=True), pass_fds)
+            undo.callback(self.shares.abandon)
             ssh.make_keys(self.machine.ssh)  # a new machine's, while the hypervisor comes up
+            self.shares.serve(self.record.shared)
             # First the channels: the guest then finds its host where it was. One that came later would be missed: a
             # guest that was saved connected goes on talking, and what nobody takes is lost.
             channel = undo.enter_context(control.Control.connect(sockets.control))
             shell = undo.enter_context(ssh.connected(sockets.shell))
             self.backend.load(sockets, state, memory_is_file=True)
+            self.shares.plug()
             going_on()
             self.backend.resume(sockets)
             if held:
@@ -196,11 +227,16 @@ class Start:
             return self.answer(channel, BOOT_TIMEOUT_S)
 
     def answer(self, channel: control.Control, timeout_s: float) -> str:
-        """Wait for the guest's `ready`; returns the hash of the setup that ran on its disk, or `-`."""
+        """Wait for the guest's `ready`, and let it mount the host's directories.
+
+        Returns the hash of the setup that ran on its disk, or `-`.
+        """
         try:
-            return channel.expect("ready", timeout_s)
+            done = channel.expect("ready", timeout_s)
         except control.GuestError as error:
             raise self.explained(error) from None
+        self.shares.mount(channel)
+        return done
 
     def connect(self, transport: socket.socket | None = None) -> None:
         """Begin to open nixbox's own SSH connection."""
@@ -215,9 +251,11 @@ class Start:
         machine = self.machine
         with self.phase("network"):
             net.settle(self.watch, self.report)
+            self.shares.watch()
         with self.phase("record"):
             ssh.write_config(machine.ssh, machine.name, self.record.user, machine.ssh_sockets[0])
-            machine.update(ready=True, how=how, setup=None if setup == "-" else setup)
+            have = [asdict(one) for one in self.shares.listed]
+            machine.update(ready=True, how=how, setup=None if setup == "-" else setup, mounts=have)
 
     def go(self, how: control.How, *, restored: bool) -> control.Go:
         """All that is individual to this machine."""

@@ -105,6 +105,8 @@ class Templates:
             ready=False,
             setup=None,
             ephemeral=True,
+            mounts=[],
+            shares_memory=False,
         )
         machine.save(record)
         return replace(

@@ -43,7 +43,7 @@ STAND_IN = """
       in
       plain [
         "apt" "e2fsprogs" "gnumake" "nftables" "nix" "nixfmt" "nixfmt-tree" "openssh" "passt" "qemu" "ruff"
-        "util-linux"
+        "util-linux" "virtiofsd"
       ] // {
         lib = {
           makeBinPath = packages: builtins.concatStringsSep ":" (map (package: "${package}/bin") packages);

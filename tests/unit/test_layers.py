@@ -19,19 +19,21 @@ SOURCES = {
 }
 # A unit is a directory of nixbox/, or a module beside them. Lower numbers know nothing of higher ones.
 RANKS = {
-    "__main__": 7,
-    "cli": 6,
-    "session": 5,
-    "view": 5,
-    "doctor": 5,
+    "__main__": 8,
+    "cli": 7,
+    "session": 6,
+    "view": 6,
+    "doctor": 6,
+    "network": 5,
     "image": 4,
     "machine": 4,
-    "network": 4,
     "guest": 4,
+    "mounts": 4,
     "plan": 3,
     "config": 2,
     "report": 1,
     "run": 1,
+    "linux": 1,
     "paths": 1,
     "errors": 0,
 }

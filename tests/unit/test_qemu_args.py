@@ -69,6 +69,7 @@ qemu-system-x86_64
 -device virtio-net-pci,netdev=net,host_mtu=65520,romfile=
 -object rng-builtin,id=rng
 -device virtio-rng-pci,rng=rng
+-device pcie-pci-bridge,id=mounts
 -device vmgenid,guid=auto
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 """

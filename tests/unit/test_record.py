@@ -22,7 +22,7 @@ import pytest
 from nixbox import paths
 from nixbox.errors import ExitCode, HostError, NixboxError, NotRunningError
 from nixbox.machine import record
-from nixbox.machine.record import MachineDir, Record, all_machines
+from nixbox.machine.record import MachineDir, Record, all_machines, holders
 
 HANG_S = 30.0
 RECORD = Record(
@@ -200,9 +200,9 @@ def test_waiting_for_the_end_has_a_bound(machine: MachineDir) -> None:
 
 
 def test_holders_are_the_processes_with_the_lock(machine: MachineDir) -> None:
-    assert machine.holders() == []
+    assert holders(machine.path / "lock") == []
     with vm(machine) as child, process():
-        assert machine.holders() == [child.pid]
+        assert holders(machine.path / "lock") == [child.pid]
 
 
 def test_kill_hits_the_holder_alone(machine: MachineDir) -> None:
@@ -230,7 +230,7 @@ BUSY = """
 import sys
 sys.path[:] = sys.argv[2:]
 from pathlib import Path
-from nixbox.machine.record import MachineDir
+from nixbox.machine.record import MachineDir, holders
 with MachineDir(Path(sys.argv[1]), "web-1").busy(lambda: None):
     print("in", flush=True)
     sys.stdin.read()

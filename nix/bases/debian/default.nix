@@ -5,10 +5,10 @@ let
   fetch = import ./fetch.nix { inherit mirrors; };
   tools = import ./tools.nix { inherit lock system; inherit (fetch) fetchDeb; };
   root = import ./root.nix { inherit lock; inherit (fetch) fetchDeb; inherit (tools) inTools; };
-  all = [ lock.bootstrap.package lock.kernel ] ++ lock.tools ++ lock.base_packages ++ lock.packages;
+  all = [ lock.bootstrap.package lock.kernel ] ++ lock.tools ++ lock.base_packages ++ lock.packages ++ (lock.host or [ ]);
 in
 rec {
-  inherit (tools) busybox runBusybox;
+  inherit (tools) busybox runBusybox hostTools;
   kernel = import ./kernel.nix { inherit lock; inherit (fetch) fetchDeb; inherit (tools) inTools; };
   initrd = import ./initrd.nix {
     inherit (tools) inTools busybox;

@@ -1,6 +1,7 @@
 # The build's own programs, all from locked .debs: nothing of the host runs in a build.
 #   busybox   static; the builder of everything here. nixbox adds it to the store under its recorded hash.
 #   tools     a tree of unpacked .debs: mmdebstrap, apt, dpkg, fakeroot, squashfs-tools, …
+#   hostTools what the host runs for a machine, a tree likewise; null where the lock has nothing of it
 #   inTools   runs a bash script with that tree as its root, as root of a nested user namespace
 { lock, system, fetchDeb }:
 let
@@ -43,9 +44,10 @@ rec {
     ];
   } // attrs);
 
-  tools = runBusybox {
-    name = "nixbox-debian-tools";
-    debs = map fetchDeb lock.tools;
+  # A tree of unpacked .debs, whose maintainer scripts have not run.
+  unpacked = name: packages: finish: runBusybox {
+    inherit name;
+    debs = map fetchDeb packages;
     passAsFile = [ "debs" ]; # one variable holds at most 128 KiB (execve(2))
   } ''
     mkdir -p $out/usr/bin $out/usr/sbin $out/usr/lib $out/usr/lib64
@@ -58,11 +60,16 @@ rec {
       esac
       ar p "$1" "$member" | $unpack | tar -x -o --no-same-permissions -C $out' sh
     rm -rf $out/usr/share/doc $out/usr/share/man $out/usr/share/locale $out/usr/share/info
-    # What maintainer scripts would have set up as alternatives; none has run here.
+    ${finish}'';
+
+  # The links are what maintainer scripts would have set up as alternatives.
+  tools = unpacked "nixbox-debian-tools" lock.tools ''
     ln -s mawk $out/usr/bin/awk
     ln -s fakeroot-sysv $out/usr/bin/fakeroot
     ln -s faked-sysv $out/usr/bin/faked
   '';
+
+  hostTools = if (lock.host or [ ]) == [ ] then null else unpacked "nixbox-debian-host-tools" lock.host "";
 
   inTools = attrs: script: runBusybox ({
     inherit tools script;

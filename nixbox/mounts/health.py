@@ -1,0 +1,54 @@
+"""How the shared directories of a running machine are: whether their processes live, and what of the host is gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from nixbox.plan.model import Shared
+
+MANY_DESCRIPTORS = 100_000
+
+
+def lock_file(runtime: Path, tag: str) -> Path:
+    """The lock that the virtiofsd of a mount holds."""
+    return runtime / f"{tag}.lock"
+
+
+def lives(runtime: Path, tag: str) -> bool:
+    """Whether the virtiofsd of a mount is there."""
+    try:
+        fd = os.open(lock_file(runtime, tag), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def descriptors(pid: int) -> int:
+    """How many descriptors a process has: virtiofsd one for each file that its guest remembers."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return 0
+
+
+def trouble(runtime: Path, one: Shared) -> str | None:
+    """What is wrong with a directory that a running machine should have; None when nothing is."""
+    if not one.tag:
+        return "not mounted"
+    if not lives(runtime, one.tag):
+        return "its process has ended"
+    try:
+        info = Path(one.source).stat()
+    except OSError as error:
+        return f"the host's directory cannot be reached: {error.strerror}"
+    if (info.st_dev, info.st_ino) != (one.device, one.inode):
+        return "the host's directory was replaced"
+    return None

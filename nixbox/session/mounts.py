@@ -1,0 +1,276 @@
+"""Directories of the host in a machine: shared when it starts, added and taken away while it runs, healed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nixbox.errors import ConfigError, HostError, NixboxError
+from nixbox.guest import control
+from nixbox.image import store
+from nixbox.image.build import Image
+from nixbox.machine import record as records
+from nixbox.mounts import daemon, health, places, standin
+from nixbox.plan.model import Mount, Shared
+from nixbox.session import net
+
+if TYPE_CHECKING:
+    from nixbox.machine.backend import Backend
+    from nixbox.machine.record import MachineDir, Record
+    from nixbox.mounts.places import Place
+    from nixbox.report import Reporter
+
+_GUEST_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 5.0
+
+
+def resolve(mounts: Sequence[Mount], workspace: Path, fields: Sequence[str] = ()) -> list[Place]:
+    """Look at what is to be shared. Raises ConfigError with every fault."""
+    if not mounts:
+        return []
+    own = places.own_directories(workspace)
+    root = store.private_root()
+    return places.resolve(mounts, workspace, [*own, *([root] if root else [])], fields)
+
+
+def wanted(configured: Sequence[Mount], old: Record | None, workspace: Path) -> list[dict[str, Any]]:
+    """All that a machine is to have, for its record: the config's, and what was added before and is still there."""
+    found = {place.mount.target: shared(place) for place in resolve(configured, workspace)}
+    for one in old.shared if old is not None else []:
+        if one.added and Path(one.source).is_dir():
+            found.setdefault(one.target, replace(one, tag=""))
+    return [asdict(one) for one in found.values()]
+
+
+def shared(place: Place, *, added: bool = False) -> Shared:
+    """A place as a record has it."""
+    mount, inode = place.mount, place.inode
+    here = (mount.source, str(place.source), inode.device, inode.number)
+    return Shared(*here, mount.target, mount.readonly, added)
+
+
+class Shares:
+    """The shared directories of one machine, on their way into its guest: `serve`, `plug`, `mount`, in that order."""
+
+    def __init__(self, machine: MachineDir, backend: Backend, image: Image) -> None:
+        self.machine = machine
+        self.backend = backend
+        self.image = image
+        self._served: list[tuple[Shared, daemon.Daemon]] = []
+
+    def serve(self, listed: Sequence[Shared]) -> None:
+        """Start a process for each. Raises ConfigError, HostError."""
+        if not listed:
+            return
+        workspace = self.machine.workspace
+        mounts = [Mount(one.source, one.target, one.readonly) for one in listed]
+        found = {place.mount.target: place for place in resolve(mounts, workspace, [one.target for one in listed])}
+        places.remember(found.values(), workspace)
+        chosen = daemon.program(self.image.file("host"))
+        log = self.machine.logs / "mounts.log"
+        for one in listed:
+            place = found[one.target]
+            named = replace(shared(place, added=one.added), tag=f"nixbox-{os.urandom(4).hex()}")
+            started = daemon.start(chosen, place, self.machine.runtime, named.tag, log)
+            self._served.append((named, started))
+
+    def plug(self) -> None:
+        """Hand each to the hypervisor. Raises HostError with the process's own words when it could not start."""
+        for one, started in self._served:
+            with started.connection:
+                try:
+                    self.backend.attach(self.machine.sockets, one.tag, started.connection.fileno())
+                except NixboxError as error:
+                    said = "".join(f"\n  {line}" for line in control.tail(self.machine.logs / "mounts.log", 3))
+                    raise HostError(f"{one.source} cannot be shared: {error.message}{said}") from None
+
+    @property
+    def listed(self) -> list[Shared]:
+        """Those that are served, each with its tag."""
+        return [one for one, _ in self._served]
+
+    def mount(self, channel: control.Control) -> None:
+        """Let the guest mount each. Raises ConfigError when it cannot."""
+        for one, _ in self._served:
+            try:
+                channel.mount(one.tag, one.target, readonly=one.readonly, timeout_s=_GUEST_TIMEOUT_S)
+            except control.GuestError as error:
+                raise ConfigError(
+                    f"the guest cannot mount {one.source} at {one.target}: {error.message}",
+                    hint="is the target a directory that can be made?",
+                ) from None
+
+    def watch(self) -> None:
+        """Let the machine's guard watch over the processes: should one end, those in the guest get errors."""
+        for one, started in self._served:
+            _watch(self.machine, self.backend, one.tag, started.pid)
+
+    def abandon(self) -> None:
+        """After a failure: end what was started."""
+        for one, started in self._served:
+            started.connection.close()
+            records.signal_holders(health.lock_file(self.machine.runtime, one.tag), signal.SIGKILL)
+        self._served.clear()
+
+
+def _watch(machine: MachineDir, backend: Backend, tag: str, pid: int) -> None:
+    device = standin.collect(pid, backend.queues(machine.sockets, tag))
+    if device is None:  # it has ended at once; `status` says so
+        return
+    try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            what = {"tag": tag, "queues": device.as_json()}
+            net.ask(machine, (pidfd, device.memory, *device.events), watch=what)
+        finally:
+            os.close(pidfd)
+    except ProcessLookupError:
+        return
+    finally:
+        device.close()
+
+
+def watch_again(machine: MachineDir, backend: Backend, record: Record) -> None:
+    """Tell a guard that was started anew what there is to watch over."""
+    for one in record.shared:
+        for pid in records.holders(health.lock_file(machine.runtime, one.tag)) if one.tag else []:
+            _watch(machine, backend, one.tag, pid)
+
+
+# --- while it runs, all under the busy lock ---
+
+
+def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None:
+    """Share further directories with a running machine. Raises ConfigError, HostError."""
+    record = machine.load()
+    if not record.shares_memory:
+        raise ConfigError(
+            f"`{machine.name}` was started without any mount, so its memory is its own and none can be added",
+            hint="put one into [[mounts]] of .nixbox/config.toml, then `nixbox down` and `nixbox up`",
+        )
+    shares = Shares(machine, backend, Image(Path(record.image), machine.image_root, fresh=False))
+    try:
+        shares.serve(listed)
+        shares.plug()
+        with control.Control.connect(machine.sockets.control) as channel:
+            shares.mount(channel)
+    except BaseException:
+        shares.abandon()
+        raise
+    targets = {one.target for one in listed}
+    kept = [one for one in record.shared if one.target not in targets]
+    machine.update(mounts=[asdict(one) for one in (*kept, *shares.listed)])
+    shares.watch()
+
+
+def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, readonly: bool) -> Path:
+    """Share a directory (relative to the current one) with a running machine; returns its real path."""
+    from nixbox.config.schema import guest_path_fault
+
+    fault = guest_path_fault(target)
+    if fault:
+        raise ConfigError(fault, hint="write it as /srv/data or ~/data")
+    asked = Mount(str(Path.cwd() / Path(source).expanduser()), target.rstrip("/"), readonly)
+    (place,) = resolve([asked], machine.workspace, ["mount"])
+    user = machine.load().user
+    for one in machine.load().shared:
+        if places.guest_path(one.target, user) == places.guest_path(target, user) and one.tag:
+            raise ConfigError(
+                f"{one.source} is mounted at {one.target} already", hint=f"`nixbox unmount {one.target}` first"
+            )
+    add(machine, backend, [shared(place, added=True)])
+    return place.source
+
+
+def follow(machine: MachineDir, backend: Backend, configured: Sequence[Mount], report: Reporter) -> bool:
+    """Share what the config of a running machine has come to name; whether it now has what the config says."""
+    record = machine.load()
+    have = {one.target: one for one in record.shared if not one.added}
+    listed = resolve(configured, machine.workspace)
+    for place in listed:
+        if place.mount.target not in have and record.shares_memory:
+            add(machine, backend, [shared(place)])
+            report.note(f"{place.source} is mounted at {place.mount.target}")
+    named = {place.mount.target: (place.mount.source, place.mount.readonly) for place in listed}
+    now = {one.target: (one.source, one.readonly) for one in machine.load().shared if not one.added}
+    return named == now
+
+
+def take(machine: MachineDir, backend: Backend, one: Shared, *, force: bool) -> None:
+    """Take a directory away from a running machine: when this returns its guest cannot reach it any more.
+
+    Raises GuestError when it is in use there, unless `force` is set.
+    """
+    if not one.tag:
+        return
+    lock = health.lock_file(machine.runtime, one.tag)
+    with control.Control.connect(machine.sockets.control) as channel:
+        channel.unmount(one.tag, one.target, force=force, timeout_s=_GUEST_TIMEOUT_S)
+    backend.detach(machine.sockets, one.tag)
+    # A guest that did not let go loses it all the same.
+    if health.lives(machine.runtime, one.tag) and not _ended(machine, one.tag):
+        records.signal_holders(lock, signal.SIGKILL)
+    with contextlib.suppress(NixboxError):  # a guard that was killed has nothing to forget
+        net.ask(machine, forget=one.tag)
+    lock.unlink(missing_ok=True)
+
+
+def _ended(machine: MachineDir, tag: str) -> bool:
+    """It ends by itself when it is let go of."""
+    import time
+
+    end = time.monotonic() + _END_TIMEOUT_S
+    while health.lives(machine.runtime, tag):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -> Shared | None:
+    """Take the directory at a target away; None when there is none. Raises GuestError when it is in use."""
+    record = machine.load()
+    where = places.guest_path(target, record.user)
+    for one in record.shared:
+        if places.guest_path(one.target, record.user) == where:
+            take(machine, backend, one, force=force)
+            machine.update(mounts=[asdict(other) for other in record.shared if other != one])
+            return one
+    return None
+
+
+def heal(machine: MachineDir, backend: Backend, report: Reporter) -> None:
+    """Share again what a running machine has lost, if it is there to be shared."""
+    for one in machine.load().shared:
+        why = health.trouble(machine.runtime, one)
+        if why is None or not Path(one.source).is_dir():
+            continue
+        take(machine, backend, one, force=True)
+        add(machine, backend, [one])
+        report.note(f"{one.source} is mounted again at {one.target}: {why}")
+
+
+@contextmanager
+def away(machine: MachineDir, backend: Backend, report: Reporter) -> Iterator[None]:
+    """While the body runs, a running machine has none of its directories: such devices cannot be saved.
+
+    Afterwards it has them again if it still lives.
+    """
+    record = machine.load()
+    for one in record.shared:
+        take(machine, backend, one, force=True)
+    machine.update(mounts=[asdict(replace(one, tag="")) for one in record.shared])
+    try:
+        yield
+    finally:
+        if machine.alive() and record.shared and not machine.paused.exists():
+            try:
+                add(machine, backend, record.shared)
+            except NixboxError as error:
+                report.note(f"warning: not mounted any more: {error.message}; `nixbox up` tries again")
