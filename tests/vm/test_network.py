@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import nixbox
-from tests.vm import internet, world
+from tests.vm import internet, test_mounts, world
 from tests.vm.conftest import RESOURCES, Home, Workspace, processes
 from tests.vm.world import World
 
@@ -366,10 +366,12 @@ def test_an_ordinary_user_has_all_of_it(home: Home, net: World) -> None:
     there = ["sh", "-c", _AS_USER, "sh", str(base), sys.base_prefix, str(code), site, str(uid), str(work)]
     env = {**home.env, "HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base / "run")}
     box = Workspace(work, env, prefix=["unshare", "--mount", *there])
-    box.config(config("filtered", 'domains = ["allowed.example"]\n'))
+    outside = test_mounts.furnish(box)
+    mounts = test_mounts.mount_tables(box)
+    box.config(config("filtered", f'domains = ["allowed.example"]\n{mounts}').replace("mounts = []\n", ""))
     (work / ".nixbox" / "nixbox.lock").write_text(home.lock)
-    for path in work.rglob("*"):
-        os.chown(path, uid, uid)
+    for path in (outside, *work.rglob("*"), *outside.rglob("*")):
+        os.chown(path, uid, uid, follow_symlinks=False)
     try:
         assert "your own store is" in box("doctor").stdout
         box("build")
@@ -389,6 +391,7 @@ def test_an_ordinary_user_has_all_of_it(home: Home, net: World) -> None:
                 internet.DNS,
                 internet.ALLOWED,
             }
+            test_mounts.attack(inner, outside, uid)
             inner("down")
         inner("rm", "--yes")
     finally:
