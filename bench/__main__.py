@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import bare, home, net, restore, share
+from bench import bare, home, mounts, net, restore, share
 from bench.home import MEMORY_MIB, VCPUS, Home
 from nixbox.network import policy
 from nixbox.plan.model import Accelerator
@@ -377,6 +377,50 @@ def network(bench: Bench) -> None:
     bench.row("a name, through the guard", f"{guarded:.2f} ms", f"asked directly {direct:.2f} ms")
 
 
+# --- mounts ---
+
+
+def mounted(bench: Bench) -> None:
+    """A directory of the host in a guest: what it does to a start, and how fast it is beside the guest's own disk."""
+    bench.home.image()
+    bench.up()  # makes the template
+    bench.rm()
+    config = bench.home.workspace / ".nixbox" / "config.toml"
+
+    def first_command(text: str) -> float:
+        config.write_text(text)
+
+        def work() -> None:
+            bench.home.up("restored")
+            bench.nixbox(*TRUE)
+
+        seconds = timed(work)
+        bench.rm()
+        return seconds
+
+    starts = [(first_command(mounts.mounting()), first_command(home.CONFIG)) for _ in range(ROUNDS)]
+    bench.row(
+        "new machine with a mount, to first command",
+        f"{median(a for a, _ in starts):.2f} s",
+        f"without {median(b for _, b in starts):.2f} s",
+        f"{median(a / b for a, b in starts):.2f}×",
+    )
+    with mounts.machine(bench.home):
+        rounds = [
+            (mounts.measure(bench.home, "/home/nixbox/workspace"), mounts.measure(bench.home, "/home/nixbox"))
+            for _ in range(LONG_ROUNDS)
+        ]
+    size = f"{mounts.LARGE_MB} MB"
+    for what, name in (
+        (f"untar {mounts.FILES} small files", "untar"),
+        (f"write {size}", "write"),
+        (f"read {size}", "read"),
+    ):
+        ours, theirs = median(getattr(a, name) for a, _ in rounds), median(getattr(b, name) for _, b in rounds)
+        ratio = median(getattr(b, name) / getattr(a, name) for a, b in rounds)
+        bench.row(f"{what}, mounted", f"{ours:.2f} s", f"overlay disk {theirs:.2f} s", f"{ratio:.2f}× as fast")
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "build": build,
     "no-op": no_op,
@@ -387,6 +431,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "fork": fork,
     "fresh": fresh,
     "network": network,
+    "mounts": mounted,
 }
 
 

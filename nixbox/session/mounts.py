@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -116,7 +117,6 @@ class Shares:
         for one, started in self._served:
             started.connection.close()
             records.signal_holders(health.lock_file(self.machine.runtime, one.tag), signal.SIGKILL)
-        self._served.clear()
 
 
 def _watch(machine: MachineDir, backend: Backend, tag: str, pid: int) -> None:
@@ -162,6 +162,8 @@ def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None
             shares.mount(channel)
     except BaseException:
         shares.abandon()
+        for one in shares.listed:
+            _withdraw(machine, backend, one.tag)
         raise
     targets = {one.target for one in listed}
     kept = [one for one in record.shared if one.target not in targets]
@@ -209,28 +211,30 @@ def take(machine: MachineDir, backend: Backend, one: Shared, *, force: bool) -> 
     """
     if not one.tag:
         return
-    lock = health.lock_file(machine.runtime, one.tag)
-    with control.Control.connect(machine.sockets.control) as channel:
-        channel.unmount(one.tag, one.target, force=force, timeout_s=_GUEST_TIMEOUT_S)
-    backend.detach(machine.sockets, one.tag)
-    # A guest that did not let go loses it all the same.
-    if health.lives(machine.runtime, one.tag) and not _ended(machine, one.tag):
+    try:
+        with control.Control.connect(machine.sockets.control) as channel:
+            channel.unmount(one.tag, one.target, force=force, timeout_s=_GUEST_TIMEOUT_S)
+    except NixboxError:
+        if not force:
+            raise
+    _withdraw(machine, backend, one.tag)
+
+
+def _withdraw(machine: MachineDir, backend: Backend, tag: str) -> None:
+    """End a device and its process. A guest that does not let go loses it all the same."""
+    lock = health.lock_file(machine.runtime, tag)
+    if backend.detach(machine.sockets, tag):
+        with contextlib.suppress(NixboxError):  # a guard that was killed has nothing to forget
+            net.ask(machine, forget=tag)
+    else:
         records.signal_holders(lock, signal.SIGKILL)
-    with contextlib.suppress(NixboxError):  # a guard that was killed has nothing to forget
-        net.ask(machine, forget=one.tag)
-    lock.unlink(missing_ok=True)
-
-
-def _ended(machine: MachineDir, tag: str) -> bool:
-    """It ends by itself when it is let go of."""
-    import time
-
     end = time.monotonic() + _END_TIMEOUT_S
-    while health.lives(machine.runtime, tag):
+    while health.lives(machine.runtime, tag):  # it ends by itself when it is let go of
         if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
+            records.signal_holders(lock, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    lock.unlink(missing_ok=True)
 
 
 def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -> Shared | None:
@@ -252,8 +256,12 @@ def heal(machine: MachineDir, backend: Backend, report: Reporter) -> None:
         if why is None or not Path(one.source).is_dir():
             continue
         take(machine, backend, one, force=True)
-        add(machine, backend, [one])
-        report.note(f"{one.source} is mounted again at {one.target}: {why}")
+        try:
+            add(machine, backend, [one])
+        except NixboxError as error:
+            report.note(f"warning: {error.message}")
+        else:
+            report.note(f"{one.source} is mounted again at {one.target}: {why}")
 
 
 @contextmanager

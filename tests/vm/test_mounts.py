@@ -333,8 +333,10 @@ def test_directories_come_and_go_while_it_runs(box: Workspace) -> None:
     box("up")
     assert box.guest("cat ~/deep/er/file; ls /srv/data") == "read me\n"
     # The config of a running machine is followed.
-    box.config(config(box, mounts=f'[[mounts]]\nsource = "{outside}/writable"\ntarget = "/srv/data"\n'))
-    assert f"{outside}/writable is mounted at /srv/data" in box("up").stderr
+    box.config(config(box, mounts='[[mounts]]\nsource = "data"\ntarget = "/srv/data"\n'))
+    said = box("up").stderr
+    assert f"/srv/data is {outside}/writable ({box.path}/data leads there)" in said
+    assert f"{outside}/writable is mounted at /srv/data" in said
     assert box.guest("cat /srv/data/new") == "x\n"
     assert len(daemons(box)) == 4
     box("down")
