@@ -162,7 +162,8 @@ def _mounts() -> Iterator[Finding]:
             hint = "let the guest have a cache of its own: on its disk it is several times as fast"
             yield Finding("warning", "mount", f"{source} looks like a cache, which tools open file by file", hint)
     for machine in all_machines(workspace):
-        for one in machine.load().shared:
+        record = machine.load_or_none()
+        for one in record.shared if record is not None else ():
             lock = health.lock_file(machine.runtime, one.tag)
             many = max((health.descriptors(pid) for pid in holders(lock)), default=0)
             if many > health.MANY_DESCRIPTORS:

@@ -10,10 +10,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from nixbox import locks
 from nixbox.errors import ConfigError, HostError, NixboxError
 
 CONFIG_DIR = ".nixbox"
@@ -60,52 +61,77 @@ def _check_owner(config: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What this user's machines were given: workspaces that nixbox has seen, and directories that guests can write.
+    """What this user's machines were given: real paths.
 
-    Real paths. What lies in one of the latter and was not seen before may have come from a guest.
+    `workspaces` maps those that nixbox has seen to device and inode of their `.nixbox`; `writable` maps directories
+    that guests could write to the locks of the processes that serve them (one that is held: now). What lies in one of
+    the latter and was not seen before, or is another directory by now, may have come from a guest.
     """
 
-    workspaces: frozenset[str] = frozenset()
-    writable: frozenset[str] = frozenset()
+    workspaces: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    writable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def has(self, workspace: Path) -> bool:
+        """Whether this very workspace was seen before."""
+        found = _identity(workspace)
+        return found is not None and self.workspaces.get(str(workspace)) == found
+
+    def shared(self, workspace: Path) -> list[str]:
+        """The directories by which guests could write into it."""
+        return [source for source in self.writable if workspace.is_relative_to(source)]
+
+    def served(self, workspace: Path) -> bool:
+        """Whether a guest can write into it now, and sees what is there now."""
+        return any(locks.held(Path(lock)) for source in self.shared(workspace) for lock in self.writable[source])
 
 
 def known() -> Known:
     """What was remembered; nothing when there is none or it is damaged."""
     try:
         data = json.loads(_known_file().read_text())
-        return Known(frozenset(data["workspaces"]), frozenset(data["writable"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        workspaces = {str(path): (int(device), int(inode)) for path, (device, inode) in data["workspaces"].items()}
+        return Known(workspaces, {str(path): tuple(locks) for path, locks in data["writable"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Known()
 
 
-def remember(workspaces: Iterable[Path] = (), writable: Iterable[Path] = (), forget: Iterable[Path] = ()) -> None:
-    """Add to what is known, and take workspaces from it. Raises NixboxError on a full disk."""
-    new, shared, gone = ({str(path) for path in paths} for paths in (workspaces, writable, forget))
-    now = known()
-    if new <= now.workspaces and shared <= now.writable and not gone & now.workspaces:
+def remember(workspace: Path, writable: Mapping[Path, Path] | None = None) -> None:
+    """Note that nixbox has seen a workspace (a real path), and what guests can write from now on, with the lock of
+    the process that serves it. Raises NixboxError on a full disk.
+    """
+    ident = _identity(workspace)
+    if ident is None or (known().has(workspace) and not writable):
         return
-    directory = private_dir(_known_file().parent)
+    directory = private_dir(state_dir())
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         now = known()
-        data = {"workspaces": (now.workspaces | new) - gone, "writable": now.writable | shared}
-        text = json.dumps({name: sorted(value) for name, value in data.items()}, indent=1)
-        write_atomic(_known_file(), text + "\n", mode=0o600)
+        # One that is somewhere else by now could have been changed there: it is known no more.
+        workspaces = {path: was for path, was in now.workspaces.items() if _identity(Path(path)) in (was, None)}
+        shared = {path: [lock for lock in of if locks.held(Path(lock))] for path, of in now.writable.items()}
+        for source, lock in (writable or {}).items():
+            shared.setdefault(str(source), []).append(str(lock))
+            gone = [path for path in workspaces if Path(path).is_relative_to(source) and not _identity(Path(path))]
+            for path in gone:
+                del workspaces[path]
+        data = {"workspaces": workspaces | {str(workspace): ident}, "writable": shared}
+        write_atomic(_known_file(), json.dumps(data, indent=1) + "\n", mode=0o600)
     finally:
         os.close(fd)
 
 
+def _identity(workspace: Path) -> tuple[int, int] | None:
+    """Device and inode of a workspace's `.nixbox`; None when there is none."""
+    try:
+        info = (workspace / CONFIG_DIR).lstat()
+    except OSError:
+        return None
+    return (info.st_dev, info.st_ino) if stat.S_ISDIR(info.st_mode) else None
+
+
 def _known_file() -> Path:
     return state_dir() / "known.json"
-
-
-def writable_by_guests(workspace: Path) -> str | None:
-    """The directory by which a guest may have made this workspace; None for one that is known, or out of reach."""
-    now = known()
-    if str(workspace) in now.workspaces:
-        return None
-    return next((writable for writable in now.writable if workspace.is_relative_to(writable)), None)
 
 
 def _check_planted(workspace: Path) -> None:
@@ -113,13 +139,24 @@ def _check_planted(workspace: Path) -> None:
 
     Raises ConfigError.
     """
-    writable = writable_by_guests(workspace)
-    if writable is not None:
+    now = known()
+    if now.shared(workspace) and not now.has(workspace):
         raise ConfigError(
-            f"{workspace / CONFIG_DIR} is new, and lies in {writable}, which guests can write: one of them may have "
-            "put it there",
+            f"{workspace / CONFIG_DIR} is new, and lies in {now.shared(workspace)[0]}, which guests can write: "
+            "one of them may have put it there",
             hint="look at its files; if it is yours: nixbox trust",
         )
+
+
+def trust(workspace: Path) -> None:
+    """Take a workspace for the user's own. Raises ConfigError while a guest can change it."""
+    now = known()
+    if now.served(workspace) and not now.has(workspace):
+        raise ConfigError(
+            f"a guest that runs can write {workspace / CONFIG_DIR}",
+            hint="`nixbox down` its machine first (the next start hides what is trusted by then), and look again",
+        )
+    remember(workspace)
 
 
 def _xdg(variable: str, fallback: str) -> Path:

@@ -138,7 +138,7 @@ def trust() -> None:
     from nixbox import paths
 
     workspace = paths.find_workspace(Path.cwd(), trusting=True)
-    paths.remember([workspace])
+    paths.trust(workspace)
     print(f"{workspace} is trusted", file=sys.stderr)
 
 

@@ -114,8 +114,8 @@ def init(directory: Path, *, name: str | None = None, base: str = "debian") -> P
         _write(config, text)  # last: it is what makes a workspace
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or place}: {error.strerror}") from error
-    if new and paths.writable_by_guests(directory.resolve()):  # what was there before may be a guest's
-        paths.remember([directory.resolve()])
+    if new and not paths.known().served(directory.resolve()):  # else a guest may have had its hand in it
+        paths.remember(directory.resolve())
     return config
 
 

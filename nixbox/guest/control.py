@@ -154,10 +154,11 @@ class Control:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.decode(errors="replace").strip()
 
-    def expect(self, word: str, timeout_s: float) -> str:
+    def expect(self, word: str, timeout_s: float, *, about: str = "") -> str:
         """Wait for a message that starts with `word`; returns the rest of it.
 
-        `here`, which the guest says whenever somebody connects, is passed over. Raises GuestError on `fail`.
+        `here`, which the guest says whenever somebody connects, is passed over, and so is the answer about a mount
+        (`about`: its tag) that somebody asked for who did not wait. Raises GuestError on `fail`, and on `failed`.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -166,10 +167,14 @@ class Control:
             except TimeoutExpired:
                 raise TimeoutExpired(f"the guest did not say `{word}` within {timeout_s:g} s") from None
             said, _, rest = line.partition(" ")
+            if said in ("done", "failed"):
+                tag, _, why = rest.partition(" ")
+                if tag != about:
+                    continue
+                if said == "failed":  # what it was asked for; it goes on
+                    raise GuestError(printable(why))
             if said == word:
                 return rest
-            if said == "failed":  # what it was asked for; it goes on
-                raise GuestError(printable(rest))
             if said == "fail":
                 raise GuestError(f"the guest cannot start: {printable(rest)}")
             if said != "here":
@@ -208,7 +213,7 @@ class Control:
         lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
         data = "".join(lines).encode(errors="surrogateescape")
         self.send(f"{word} {len(data)}", data)
-        self.expect("done", timeout_s)
+        self.expect("done", timeout_s, about=variables["share_tag"])
 
     def go(self, message: Go) -> None:
         """Send the machine's identity."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nixbox import paths
+from nixbox import locks, paths
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
 from nixbox.plan.model import Policy, Shared
@@ -172,18 +172,7 @@ class MachineDir:
 
     def alive(self) -> bool:
         """Whether a VM process of this machine lives."""
-        try:
-            fd = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            # Shared, so that two who ask at once do not take each other for a VM.
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return locks.held(self.path / "lock")
 
     @contextmanager
     def hold_lock(self) -> Iterator[int]:
@@ -221,17 +210,7 @@ class MachineDir:
 
     def is_busy(self) -> bool:
         """Whether a command is changing the machine at this moment."""
-        try:
-            fd = os.open(self.path / "busy", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return locks.held(self.path / "busy")
 
     def remove_if_idle(self) -> None:
         """Remove the machine unless a command is at work on it, or is just about to begin or to end."""

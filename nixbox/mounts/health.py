@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
+from nixbox import locks
 from nixbox.plan.model import Shared
 
 MANY_DESCRIPTORS = 100_000
@@ -18,17 +17,7 @@ def lock_file(runtime: Path, tag: str) -> Path:
 
 def lives(runtime: Path, tag: str) -> bool:
     """Whether the virtiofsd of a mount is there."""
-    try:
-        fd = os.open(lock_file(runtime, tag), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return locks.held(lock_file(runtime, tag))
 
 
 def descriptors(pid: int) -> int:

@@ -115,6 +115,8 @@ class Jail:
         (limits / "nr_open").write_text(f"{_MOST_DESCRIPTORS}\n")  # it asks, though it is told to change nothing
         Path(root + SHARE).mkdir()
         linux.mount(f"/proc/self/fd/{source}", root + SHARE, None, linux.MS_BIND | linux.MS_REC)
+        # What the host mounts there later is not given: it would come without these restrictions.
+        linux.mount("none", root + SHARE, None, linux.MS_REC | linux.MS_PRIVATE)
         closed = linux.MOUNT_ATTR_RDONLY if self.readonly else 0
         linux.restrict_mounts(root + SHARE, linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV | closed)
         return root

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -57,13 +56,15 @@ def resolve(
     own = [path.resolve() for path in private if path.exists()]
     for i, mount in enumerate(mounts):
         field = fields[i] if fields else f"mounts[{i}]"
-        written = workspace / Path(mount.source).expanduser()
         try:
+            written = workspace / Path(mount.source).expanduser()
             fault = _fault(mount, written, own)
             if fault is None:
                 source = written.resolve()
-                absolute = Mount(os.path.normpath(written), mount.target, mount.readonly)
+                absolute = Mount(str(written), mount.target, mount.readonly)
                 found.append(Place(absolute, source, Inode.of(source), _masks(source, own)))
+        except RuntimeError:  # of expanduser
+            fault = f"source: `{mount.source}`: there is no such user"
         except OSError as error:
             fault = f"source: `{mount.source}` cannot be read: {error.strerror}"
         faults += [f"{field}.{fault}"] if fault else []
@@ -116,29 +117,8 @@ def own_directories(workspace: Path) -> list[Path]:
         )
     runtime = paths.runtime_dir(workspace, "").parent
     others = [Path(other) / paths.CONFIG_DIR for other in paths.known().workspaces]
-    return [config, *others, paths.user_config_dir(), paths.cache_dir(), paths.state_dir(), runtime]
-
-
-def remember(found: Iterable[Place], workspace: Path) -> None:
-    """Note what guests can write from now on, before they can, and that the workspace was there before.
-
-    A known workspace that is not where it was may be somewhere else in what guests can write: it is known no more.
-    """
-    writable = [place.source for place in found if not place.mount.readonly]
-    moved = [
-        Path(other)
-        for other in paths.known().workspaces
-        if any(Path(other).is_relative_to(source) for source in writable)
-        and not stat.S_ISDIR(_mode(Path(other) / paths.CONFIG_DIR))
-    ]
-    paths.remember([workspace.resolve()], writable, moved)
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.lstat().st_mode
-    except OSError:
-        return 0
+    state = paths.private_dir(paths.state_dir())  # there before anybody could see it made
+    return [config, *others, paths.user_config_dir(), paths.cache_dir(), state, runtime]
 
 
 def looks_like_cache(source: Path) -> bool:

@@ -344,8 +344,10 @@ class Guard:
                 if key.fd in self._watched:
                     self._ended(key.fd)
                     continue
-                with contextlib.suppress(BlockingIOError):
-                    served[key.fileobj]()  # type: ignore[index]
+                handler = served.get(key.fileobj)  # type: ignore[call-overload]
+                if handler is not None:  # else it was forgotten a moment ago
+                    with contextlib.suppress(BlockingIOError):
+                        handler()
 
     def end(self) -> None:
         """Take away what was started."""

@@ -66,7 +66,7 @@ def _resume(start: Start) -> Begun | None:
     try:
         with copies.resume(start) as restored, start.phase("go"):
             restored.tell("resume")
-            done = restored.ready()
+            done = restored.ready(lenient=True)
     except NixboxError as error:
         stop.abandon(machine, start.backend)
         if snapshot.went_on(machine.snapshot):

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nixbox import locks, paths
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.guest import control
 from nixbox.image import store
@@ -67,19 +68,30 @@ class Shares:
 
     def serve(self, listed: Sequence[Shared]) -> None:
         """Start a process for each. Raises ConfigError, HostError."""
+        self._served.clear()  # of a start that failed before this one
+        workspace, runtime = self.machine.workspace, self.machine.runtime
         if not listed:
+            paths.remember(workspace.resolve())
             return
-        workspace = self.machine.workspace
         mounts = [Mount(one.source, one.target, one.readonly) for one in listed]
-        found = {place.mount.target: place for place in resolve(mounts, workspace, [one.target for one in listed])}
-        places.remember(found.values(), workspace)
-        chosen = daemon.program(self.image.file("host"))
-        log = self.machine.logs / "mounts.log"
-        for one in listed:
-            place = found[one.target]
-            named = replace(shared(place, added=one.added), tag=f"nixbox-{os.urandom(4).hex()}")
-            started = daemon.start(chosen, place, self.machine.runtime, named.tag, log)
+        added = {one.target for one in listed if one.added}
+        found = resolve(mounts, workspace, [one.target for one in listed])
+        chosen = daemon.program(self._tools())
+        writable = {}
+        for place in found:
+            tag = f"nixbox-{os.urandom(4).hex()}"
+            named = replace(shared(place, added=place.mount.target in added), tag=tag)
+            started = daemon.start(chosen, place, runtime, tag, self.machine.logs / "mounts.log")
             self._served.append((named, started))
+            if not named.readonly:
+                writable[place.source] = health.lock_file(runtime, tag)
+        paths.remember(workspace.resolve(), writable)  # before any guest can write there
+
+    def _tools(self) -> Path | None:
+        try:
+            return self.image.file("host")
+        except FileNotFoundError:  # of a suite that has none, or of another base
+            return None
 
     def plug(self) -> None:
         """Hand each to the hypervisor. Raises HostError with the process's own words when it could not start."""
@@ -96,16 +108,16 @@ class Shares:
         """Those that are served, each with its tag."""
         return [one for one, _ in self._served]
 
-    def mount(self, channel: control.Control) -> None:
-        """Let the guest mount each. Raises ConfigError when it cannot."""
+    def mount(self, channel: control.Control, report: Reporter | None = None) -> None:
+        """Let the guest mount each. Raises ConfigError when it cannot; with `report` that is only said."""
         for one, _ in self._served:
             try:
                 channel.mount(one.tag, one.target, readonly=one.readonly, timeout_s=_GUEST_TIMEOUT_S)
             except control.GuestError as error:
-                raise ConfigError(
-                    f"the guest cannot mount {one.source} at {one.target}: {error.message}",
-                    hint="is the target a directory that can be made?",
-                ) from None
+                words = f"the guest cannot mount {one.source} at {one.target}: {error.message}"
+                if report is None:
+                    raise ConfigError(words, hint="is the target a directory that can be made?") from None
+                report.note(f"warning: {words}")
 
     def watch(self) -> None:
         """Let the machine's guard watch over the processes: should one end, those in the guest get errors."""
@@ -160,15 +172,16 @@ def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None
         shares.plug()
         with control.Control.connect(machine.sockets.control) as channel:
             shares.mount(channel)
+            shares.watch()
     except BaseException:
-        shares.abandon()
+        # Before their processes end: a guest that is just mounting one would wait for ever.
         for one in shares.listed:
             _withdraw(machine, backend, one.tag)
+        shares.abandon()
         raise
     targets = {one.target for one in listed}
     kept = [one for one in record.shared if one.target not in targets]
     machine.update(mounts=[asdict(one) for one in (*kept, *shares.listed)])
-    shares.watch()
 
 
 def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, readonly: bool) -> Path:
@@ -193,15 +206,16 @@ def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, re
 def follow(machine: MachineDir, backend: Backend, configured: Sequence[Mount], report: Reporter) -> bool:
     """Share what the config of a running machine has come to name; whether it now has what the config says."""
     record = machine.load()
-    have = {one.target: one for one in record.shared if not one.added}
+    have = {places.guest_path(one.target, record.user) for one in record.shared}
     listed = resolve(configured, machine.workspace)
     for place in listed:
-        if place.mount.target not in have and record.shares_memory:
+        if places.guest_path(place.mount.target, record.user) not in have and record.shares_memory:
             add(machine, backend, [shared(place)])
             report.note(f"{place.source} is mounted at {place.mount.target}")
-    named = {place.mount.target: (place.mount.source, place.mount.readonly) for place in listed}
-    now = {one.target: (one.source, one.readonly) for one in machine.load().shared if not one.added}
-    return named == now
+    named = {place.mount.target: (str(place.source), place.mount.readonly) for place in listed}
+    now = {one.target: (one.real, one.readonly) for one in machine.load().shared}
+    extra = {one.target for one in record.shared if one.added} - set(named)
+    return named == {target: what for target, what in now.items() if target not in extra}
 
 
 def take(machine: MachineDir, backend: Backend, one: Shared, *, force: bool) -> None:
@@ -242,6 +256,10 @@ def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -
     record = machine.load()
     where = places.guest_path(target, record.user)
     for one in record.shared:
+        inside = places.guest_path(one.target, record.user)
+        if inside.startswith(f"{where}/") and one.tag:
+            raise ConfigError(f"{one.target} is mounted inside {target}", hint=f"`nixbox unmount {one.target}` first")
+    for one in record.shared:
         if places.guest_path(one.target, record.user) == where:
             take(machine, backend, one, force=force)
             machine.update(mounts=[asdict(other) for other in record.shared if other != one])
@@ -251,16 +269,27 @@ def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -
 
 def heal(machine: MachineDir, backend: Backend, report: Reporter) -> None:
     """Share again what a running machine has lost, if it is there to be shared."""
-    for one in machine.load().shared:
-        why = health.trouble(machine.runtime, one)
-        if why is None or not Path(one.source).is_dir():
-            continue
-        take(machine, backend, one, force=True)
-        try:
-            add(machine, backend, [one])
-        except NixboxError as error:
-            report.note(f"warning: {error.message}")
-        else:
+    record = machine.load()
+    for lock in machine.runtime.glob("nixbox-*.lock"):  # of a command that was killed in the middle
+        if lock.stem not in {one.tag for one in record.shared} and locks.held(lock):
+            _withdraw(machine, backend, lock.stem)
+    broken = [(one, health.trouble(machine.runtime, one)) for one in record.shared]
+    lost = [places.guest_path(one.target, record.user) for one, why in broken if why and Path(one.source).is_dir()]
+    for one, why in broken:
+        where = places.guest_path(one.target, record.user)
+        # What is mounted inside one that is taken away goes with it.
+        if where in lost or (why is None and any(where.startswith(f"{outer}/") for outer in lost)):
+            take(machine, backend, one, force=True)
+            _bring_back(machine, backend, one, why, report)
+
+
+def _bring_back(machine: MachineDir, backend: Backend, one: Shared, why: str | None, report: Reporter) -> None:
+    try:
+        add(machine, backend, [one])
+    except NixboxError as error:
+        report.note(f"warning: {one.target} is not mounted any more: {error.message}; `nixbox up` tries again")
+    else:
+        if why:
             report.note(f"{one.source} is mounted again at {one.target}: {why}")
 
 
@@ -277,8 +306,6 @@ def away(machine: MachineDir, backend: Backend, report: Reporter) -> Iterator[No
     try:
         yield
     finally:
-        if machine.alive() and record.shared and not machine.paused.exists():
-            try:
-                add(machine, backend, record.shared)
-            except NixboxError as error:
-                report.note(f"warning: not mounted any more: {error.message}; `nixbox up` tries again")
+        if machine.alive() and not machine.paused.exists():
+            for one in record.shared:
+                _bring_back(machine, backend, one, None, report)

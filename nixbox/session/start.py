@@ -85,12 +85,12 @@ class Restored:
         """Send the guest its identity."""
         self.channel.go(self.start.go(how, restored=True))
 
-    def ready(self) -> str:
+    def ready(self, *, lenient: bool = False) -> str:
         """Wait until it is that machine, and begin to open nixbox's own SSH connection if that is still to be done.
 
         Returns the hash of the setup that ran on its disk, or `-`.
         """
-        done = self.start.answer(self.channel, RESTORE_TIMEOUT_S)
+        done = self.start.answer(self.channel, RESTORE_TIMEOUT_S, lenient=lenient)
         if self.shell is not None:
             ssh.drop_stale(self.shell)
             self.start.connect(self.shell)
@@ -226,8 +226,8 @@ class Start:
             channel.go(self.go("boot", restored=False))
             return self.answer(channel, BOOT_TIMEOUT_S)
 
-    def answer(self, channel: control.Control, timeout_s: float) -> str:
-        """Wait for the guest's `ready`, and let it mount the host's directories.
+    def answer(self, channel: control.Control, timeout_s: float, *, lenient: bool = False) -> str:
+        """Wait for the guest's `ready`, and let it mount the host's directories; `lenient`: it may fail to.
 
         Returns the hash of the setup that ran on its disk, or `-`.
         """
@@ -235,7 +235,8 @@ class Start:
             done = channel.expect("ready", timeout_s)
         except control.GuestError as error:
             raise self.explained(error) from None
-        self.shares.mount(channel)
+        # What a machine that was suspended has in its memory is worth more than a mount.
+        self.shares.mount(channel, self.report if lenient else None)
         return done
 
     def connect(self, transport: socket.socket | None = None) -> None:

@@ -36,6 +36,7 @@ RANKS = {
     "linux": 1,
     "paths": 1,
     "errors": 0,
+    "locks": 0,
 }
 STARTERS = {"subprocess", "multiprocessing", "pty", "sh", "_posixsubprocess", "concurrent"}
 STARTING_CALLS = ("exec", "fork", "spawn", "posix_spawn", "system", "popen")

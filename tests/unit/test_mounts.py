@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -103,7 +104,7 @@ def test_nixboxs_own_files_are_hidden_wherever_they_lie(workspace: Path) -> None
         (home / name).mkdir(parents=True)
     other = home / "other"
     (other / ".nixbox").mkdir(parents=True)
-    paths.remember([other])
+    paths.remember(other)
     (whole,) = look(workspace, Mount("~", "/home"))
     hidden = {str(path) for path, _ in whole.masks}
     assert hidden == {"project/.nixbox", "other/.nixbox", "nixbox"}
@@ -120,40 +121,84 @@ def test_a_config_directory_that_is_a_link_cannot_be_kept_from_a_guest(workspace
         look(workspace, Mount(".", "/w"))
 
 
+def served(workspace: Path) -> Path:
+    """Share a workspace, writable, with a guest whose virtiofsd has ended; returns that one's lock."""
+    lock = workspace.parent / "lock"
+    lock.touch()
+    paths.remember(workspace, {workspace: lock})
+    return lock
+
+
+def plant(place: Path) -> None:
+    (place / ".nixbox").mkdir(parents=True)
+    (place / ".nixbox" / "config.toml").touch()
+
+
 def test_what_a_guest_may_have_made_is_no_workspace(workspace: Path) -> None:
-    places.remember(look(workspace, Mount(".", "/w")), workspace)
+    served(workspace)
     assert paths.find_workspace(workspace) == workspace
     planted = workspace / "sub"
-    (planted / ".nixbox").mkdir(parents=True)
-    (planted / ".nixbox" / "config.toml").touch()
+    plant(planted)
     with pytest.raises(ConfigError, match="one of them may have put it there"):
         paths.find_workspace(planted)
     assert paths.find_workspace(planted, trusting=True) == planted
-    paths.remember([planted])
+    paths.trust(planted)
     assert paths.find_workspace(planted) == planted
-    # It is hidden from now on; one that is not where it was could have been changed meanwhile.
     (again,) = look(workspace, Mount(".", "/w"))
-    assert {str(path) for path, _ in again.masks} == {".nixbox", "sub/.nixbox"}
+    assert {str(path) for path, _ in again.masks} == {".nixbox", "sub/.nixbox"}, "it is hidden from now on"
+
+
+def test_another_directory_in_its_place_is_no_known_workspace(workspace: Path) -> None:
+    planted = workspace / "sub"
+    plant(planted)
+    paths.remember(planted)
+    served(workspace)
+    planted.rename(workspace / "moved")  # a guest can do that: what is hidden moves with it
+    plant(planted)
+    with pytest.raises(ConfigError):
+        paths.find_workspace(planted)
+    (planted / ".nixbox" / "config.toml").unlink()
+    (planted / ".nixbox").rmdir()
+    (planted / ".nixbox").symlink_to("../moved/.nixbox")
+    with pytest.raises(ConfigError):
+        paths.find_workspace(planted)
+
+
+def test_a_workspace_that_went_away_before_a_start_is_known_no_more(workspace: Path) -> None:
+    planted = workspace / "sub"
+    plant(planted)
+    paths.remember(planted)
     planted.rename(workspace / "moved")
-    places.remember(look(workspace, Mount(".", "/w")), workspace)
+    served(workspace)  # what is there now is not hidden from this guest
     (workspace / "moved").rename(planted)
     with pytest.raises(ConfigError):
         paths.find_workspace(planted)
 
 
-def test_a_readonly_mount_makes_nothing_suspect(workspace: Path) -> None:
-    places.remember(look(workspace, Mount(".", "/w", readonly=True)), workspace)
-    (workspace / "sub" / ".nixbox").mkdir(parents=True)
-    (workspace / "sub" / ".nixbox" / "config.toml").touch()
+def test_nothing_is_trusted_while_a_guest_can_change_it(workspace: Path) -> None:
+    lock = served(workspace)
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        plant(workspace / "sub")
+        with pytest.raises(ConfigError, match="a guest that runs can write"):
+            paths.trust(workspace / "sub")
+    paths.trust(workspace / "sub")
+    assert paths.find_workspace(workspace / "sub") == workspace / "sub"
+
+
+def test_what_is_out_of_reach_of_guests_is_not_suspect(workspace: Path) -> None:
+    paths.remember(workspace)
+    plant(workspace / "sub")
     assert paths.find_workspace(workspace / "sub") == workspace / "sub"
 
 
 def test_a_damaged_memory_of_workspaces_is_none(workspace: Path) -> None:
-    paths.remember([workspace])
-    (paths.state_dir() / "known.json").write_text("{")
-    assert paths.known() == paths.Known()
-    paths.remember(writable=[workspace])
-    assert paths.known().writable == {str(workspace)}
+    paths.remember(workspace)
+    for text in ("{", "[]", '{"workspaces": {"/x": 1}, "writable": {}}'):
+        (paths.state_dir() / "known.json").write_text(text)
+        assert paths.known() == paths.Known()
+    served(workspace)
+    assert list(paths.known().writable) == [str(workspace)]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
     assert sorted(checked) == [
         "nixbox-debian-base.squashfs",
         "nixbox-debian-built.squashfs",
+        "nixbox-debian-host-tools",
         "nixbox-debian-kernel",
         "nixbox-debian-packages.squashfs",
         "nixbox-debian-tools",

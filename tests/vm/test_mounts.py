@@ -282,18 +282,19 @@ def test_a_workspace_that_a_guest_makes_is_not_the_users(box: Workspace) -> None
         said = planted(command, *(["--", "true"] if command == "run" else []), code=None)
         assert said.returncode != 0
         assert "one of them may have put it there" in said.stderr and "nixbox trust" in said.stderr
+    assert "a guest that runs can write" in planted("trust", code=2).stderr
+    # Trusted while no guest runs, it is hidden from the next start on.
+    box("down")
     planted("trust")
     planted("config")
-    # From the next start on it is hidden as well.
-    box("down")
     box("up")
     found = attempts(box, "try read cat $W/sub/.nixbox/config.toml\ntry list ls $W/sub/.nixbox\n", root=True)
     assert 0 not in found.values()
-    # One that the user makes there is the user's.
+    # One that the user makes while a guest can write there is not taken for granted either.
     own = Workspace(box.path / "mine", box.env)
     own.path.mkdir()
     own("init")
-    own("config")
+    assert "one of them may have put it there" in own("config", code=2).stderr
 
 
 # --- while it runs ---
@@ -324,6 +325,9 @@ def test_directories_come_and_go_while_it_runs(box: Workspace) -> None:
     assert "cannot mount" in box("mount", ".", "/etc/passwd", code=2).stderr
     assert len(daemons(box)) == 3
 
+    box("mount", "sub", "~/deep/er/sub")
+    assert "is mounted inside" in box("unmount", "~/deep/er", code=2).stderr
+    box("unmount", "~/deep/er/sub")
     for _ in range(4):
         box("mount", "data", "/srv/data")
         assert box.guest("cat /srv/data/new") == "x\n"
@@ -367,6 +371,16 @@ def test_copies_and_saved_machines_have_them_again(box: Workspace) -> None:
         box("run", "-m", name, "--", "sh", "-c", f"echo {name} >~/workspace/{name}; cat /srv/ro/file")
         assert (box.path / name).read_text() == f"{name}\n"
     assert len(daemons(box)) == 6
+
+    # What was in the memory of a suspended machine is worth more than a directory that cannot be mounted.
+    box("suspend")
+    (box.path / "data").unlink()
+    (box.path / "data").mkdir()
+    box.config(config(box, mounts='[[mounts]]\nsource = "data"\ntarget = "/etc/passwd"\n'))
+    done = box("up", "--json")
+    assert json.loads(done.stdout)["how"] == "resumed"
+    assert "warning: the guest cannot mount" in done.stderr and "/etc/passwd" in done.stderr
+    assert box.guest("cat /dev/shm/file ~/workspace/hello") == "here\nchanged meanwhile\n"
 
 
 # --- what breaks ---

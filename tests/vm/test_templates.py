@@ -148,8 +148,13 @@ def test_a_bad_template_is_said_removed_and_made_again(workspace: Workspace, own
     from nixbox.machine import saved
 
     saved.seal(directory, ["memory", "state", "overlay.img", "template.json"])
+    mount = '[[mounts]]\nsource = "."\ntarget = "~/workspace"\n'  # what was begun for the restore is begun again
+    workspace.config(CONFIG.replace("mounts = []\n", "") + mount)
     done = workspace("up", "--json", "new")
     assert json.loads(done.stdout)["how"] == "booted" and "the template does not work" in done.stderr
+    assert (
+        workspace("run", "-m", "new", "--", "ls", "workspace/.nixbox", code=2).stderr.count("Permission denied") == 1
+    )
     assert "ready" not in published(own_cache)
     assert workspace("run", "-m", "new", "--", "hostname").stdout == "new\n"
 
