@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import nixbox
-from tests.vm import internet, test_mounts, world
+from tests.vm import internet, test_credentials, test_mounts, world
 from tests.vm.conftest import RESOURCES, Home, Workspace, processes
 from tests.vm.world import World
 
@@ -393,6 +393,25 @@ def test_an_ordinary_user_has_all_of_it(home: Home, net: World) -> None:
             }
             test_mounts.attack(inner, outside, uid)
             inner("down")
+        for mode in ("off", "open"):
+            variable = '[env]\nTOKEN = { from_host = "HOST_TOKEN" }\n'
+            box.config(config(mode, f"{mounts}{variable}").replace("mounts = []\n", ""))
+            for options in ((), ("--cold",)):
+                since = len(net.seen())
+                inner.extra["HOST_TOKEN"] = test_credentials.PLANTED
+                inner("up", *options)
+                del inner.extra["HOST_TOKEN"]
+                probes = NEVER + ESCAPES if mode == "off" else NEVER
+                for root in (False, True):
+                    found = probe(inner, probes, root=root)
+                    assert 0 not in found.values() and not {28, 124} & set(found.values()), found
+                assert (probe(inner, good)["good"] == 0) is (mode == "open")
+                assert bool(arrived(net, since)) is (mode == "open")
+                assert inner.guest("echo $TOKEN; sync") == f"{test_credentials.PLANTED}\n"
+                value = test_credentials.PLANTED.encode()
+                assert test_credentials.holding(value, base.rglob("*")) == []
+                assert test_credentials.processes_with(value) == []
+                inner("down")
         inner("rm", "--yes")
     finally:
         for pid in box.vm_pids():
