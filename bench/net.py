@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from bench import bare
 from bench.home import CONFIG, MEMORY_MIB, NIXBOX, VCPUS, Home
+from nixbox import linux
 from nixbox.guest import ssh
 from nixbox.guest.control import Control
 from nixbox.plan.model import Accelerator
@@ -21,7 +21,6 @@ from tests.vm import internet
 from tests.vm.world import World
 
 REQUESTS = 100
-_CLONE_NEWNET = 0x40000000  # sched.h
 
 # Prints bytes a second of one download, and nanoseconds for REQUESTS requests after each other. bash opens the
 # connections itself: to start a program for each would measure that.
@@ -90,12 +89,9 @@ def machine(home: Home, place: World, mode: str) -> Iterator[Callable[[], Speed]
 @contextmanager
 def user_network(home: Home, place: World, image: Path, accelerator: Accelerator) -> Iterator[Callable[[], Speed]]:
     """A bare QEMU with its own user network."""
-    libc = ctypes.CDLL(None, use_errno=True)
 
     def inside() -> None:
-        fd = os.open(f"/proc/{place.host}/ns/net", os.O_RDONLY)
-        if libc.setns(fd, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns")
+        linux.setns(os.open(f"/proc/{place.host}/ns/net", os.O_RDONLY), linux.CLONE_NEWNET)
 
     with tempfile.TemporaryDirectory(dir=home.path) as directory:
         work = Path(directory)

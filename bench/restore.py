@@ -56,7 +56,7 @@ def restore(work: Path, image: Path) -> Times:
             vcpus=key.vcpus,
             memory_mib=key.memory_mib,
             accelerator=cast(Accelerator, key.accelerator),
-            memory=MemoryFile(Path(f"/proc/self/fd/{opened.memory}"), shared=False),
+            memory=MemoryFile.of(opened.memory, shared=False),
         )
         assert tuple(qemu_args.shape(spec)) == key.devices, "the template is of another nixbox"
         undo.callback(guest.end)

@@ -2,8 +2,8 @@
 
 Guest: `boot 2`, `ready HASH|-`, `here`, `held`, `fail REASON`, `off`. Host: `go LENGTH LINES` and so many bytes
 of shell assignments (answered by `ready`), `hold` (answered by `held`), `env LENGTH` and that many bytes (answered by
-`done`), `mount LENGTH` and `unmount LENGTH` and assignments (by `done` or `failed REASON`), `sync` (by `done`),
-`setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
+`done`), `mount LENGTH` and `unmount LENGTH` and assignments (by `done TAG` or `failed TAG REASON`), `sync` (by
+`done`), `setup-done HASH`, `poweroff`, `ping` (answered by `pong`). See docs/decisions/003-control-channel.md.
 """
 
 from __future__ import annotations

@@ -235,13 +235,16 @@ class AptRoot:
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether the suite has packages of all these names."""
-        return set(names) <= set(self._query(["apt-cache", "pkgnames"]).split())
+        return set(names) <= self._known()
+
+    def _known(self) -> set[str]:
+        return set(self._query(["apt-cache", "pkgnames"]).split())
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raise UnknownPackagesError for every name that the suite lacks, all at once."""
         if not names:
             return
-        known = set(self._query(["apt-cache", "pkgnames"]).split())
+        known = self._known()
         missing = [name for name in names if name not in known]
         if missing:
             near = {name: difflib.get_close_matches(name, known, 3) for name in missing}

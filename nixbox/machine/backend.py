@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from nixbox.plan.model import Accelerator, Queue
 
@@ -24,6 +24,11 @@ class MemoryFile:
 
     path: Path
     shared: bool
+
+    @classmethod
+    def of(cls, fd: int, *, shared: bool) -> Self:
+        """The file of a descriptor, which the VM's process has to inherit."""
+        return cls(Path(f"/proc/self/fd/{fd}"), shared)
 
 
 @dataclass(frozen=True, slots=True)

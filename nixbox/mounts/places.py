@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nixbox import paths
+from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError
 from nixbox.mounts.jail import Inode
-from nixbox.plan.model import Mount
 
 # Of these the host keeps no file that a tool would not make again, and a tool opens thousands of them.
 CACHES = frozenset(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from nixbox.config.settings import Mount
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
 
@@ -57,15 +60,6 @@ class Policy:
     def from_json(cls, data: Mapping[str, Any]) -> Policy:
         """What `as_json` wrote. Raises KeyError."""
         return cls(data["mode"], tuple(data["domains"]), tuple(data["ports"]), data["allow_private"])
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """A directory of the host (as written, or absolute) and its place in the guest (`~`: its user's home)."""
-
-    source: str
-    target: str
-    readonly: bool = False
 
 
 @dataclass(frozen=True, slots=True)

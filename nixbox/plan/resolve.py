@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nixbox.plan import checks
-from nixbox.plan.model import ImageSpec, MachineSpec, Mount, Plan, Policy, Script
+from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Policy, Script
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
@@ -35,6 +35,6 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         env_names=tuple(entry.name for entry in settings.env),
         network=Policy(settings.network_mode, settings.domains, settings.ports, settings.allow_private),
         published=tuple((port.host, port.guest) for port in settings.published),
-        mounts=tuple(Mount(mount.source, mount.target, mount.readonly) for mount in settings.mounts),
+        mounts=settings.mounts,
     )
     return Plan(image, spec)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nixbox.image.build import Image
     from nixbox.machine.accelerator import Choice
     from nixbox.machine.backend import Backend
+    from nixbox.mounts.places import Place
     from nixbox.plan.model import Plan
     from nixbox.session.begin import Begun, How
     from nixbox.session.start import Start
@@ -129,16 +130,16 @@ class Sandbox:
             env = resolve_env(loaded.settings, self.environ)
         self._backend().check_host()
         ssh.check_path(self.machine.ssh)
-        self._look_at_mounts(plan)
+        places = self._look_at_mounts(plan)
         with self.busy():
             if self.machine.alive():
-                running = self._running(plan, env)
+                running = self._running(plan, env, places)
                 if running is not None:
                     return running
             image = self.build(locked=locked, loaded=loaded)
             with self.phase("prepare"):
                 choice = accelerator.choose(plan.machine.accelerator)
-                start = self._prepare(plan, image, choice, loaded, env)
+                start = self._prepare(plan, image, choice, loaded, env, places)
             with ExitStack() as undo:
                 undo.callback(self._abandon)
                 with self._rooted(image):
@@ -172,7 +173,7 @@ class Sandbox:
     def _waiting(self) -> None:
         self.report.note(f"another nixbox command is at work on `{self.machine.name}`; waiting for it")
 
-    def _running(self, plan: Plan, env: Mapping[str, str]) -> Up | None:
+    def _running(self, plan: Plan, env: Mapping[str, str], places: list[Place]) -> Up | None:
         """What to do about a live VM: go on with it, heal it, or (None) start over."""
         # A record that cannot be read raises: the machine may be in somebody's use, and is left alone.
         record = self.machine.load() if self.machine.exists() else None
@@ -186,7 +187,7 @@ class Sandbox:
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
         self._heal(record)
-        self._tell_what_waits(plan, record)
+        self._tell_what_waits(plan, record, places)
         self._push(record, env)
         # The guest's own marker, not the record: a start may have been cut off between the two.
         done = finish.setup_done(self.machine) if plan.machine.setup is not None else None
@@ -195,13 +196,15 @@ class Sandbox:
         failed = finish.scripts(self.machine, plan, self.report)
         return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
 
-    def _look_at_mounts(self, plan: Plan) -> None:
-        """Raises ConfigError for directories that cannot be mounted; says where links lead."""
+    def _look_at_mounts(self, plan: Plan) -> list[Place]:
+        """What the config mounts; says where links lead. Raises ConfigError for what cannot be mounted."""
         from nixbox.session import mounts
 
-        for place in mounts.resolve(plan.machine.mounts, self.workspace):
+        found = mounts.resolve(plan.machine.mounts, self.workspace)
+        for place in found:
             if place.moved:
                 self.report.note(f"{place.mount.target} is {place.source} ({place.mount.source} leads there)")
+        return found
 
     def _heal(self, record: Record) -> None:
         """Start again what serves a running machine and has ended."""
@@ -253,7 +256,7 @@ class Sandbox:
             channel.push_env(env, stop.STOP_TIMEOUT_S)
         self.machine.update(env_hash=self._env_hash(record.machine_id, env))
 
-    def _tell_what_waits(self, plan: Plan, record: Record) -> None:
+    def _tell_what_waits(self, plan: Plan, record: Record, places: list[Place]) -> None:
         """A running machine keeps its image and shape; say so where the config has changed them."""
         from nixbox.image import ensure
         from nixbox.session import mounts
@@ -265,7 +268,7 @@ class Sandbox:
             changed.append("resources")
         if record.network != spec.network.as_json():
             changed.append("network")
-        if not mounts.follow(self.machine, self._backend(), spec.mounts, self.report):
+        if not mounts.follow(self.machine, self._backend(), places, self.report):
             changed.append("mounts")
         image = ensure.current(self.workspace, plan.image)
         if image is None or str(image.path) != record.image:
@@ -273,7 +276,9 @@ class Sandbox:
         if changed:
             self.report.note(f"note: changed: {', '.join(changed)}; `nixbox down` and `nixbox up` put it into effect")
 
-    def _prepare(self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str]) -> Start:
+    def _prepare(
+        self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str], places: list[Place]
+    ) -> Start:
         """Directories, keys and record: all that a start needs but the disk of a new machine."""
         from nixbox.machine import overlay, record
         from nixbox.session import mounts
@@ -308,7 +313,7 @@ class Sandbox:
             ephemeral=self.ephemeral,
             return_memory=spec.return_memory,
             network=spec.network.as_json(),
-            mounts=mounts.wanted(spec.mounts, old, self.workspace),
+            mounts=mounts.wanted(places, old),
         )
         new = replace(new, shares_memory=bool(new.mounts))
         new = replace(new, env_hash=self._env_hash(new.machine_id, env))

@@ -17,7 +17,7 @@ from nixbox.machine.backend import MemoryFile
 from nixbox.network.watch import Watch
 from nixbox.report import Phases
 from nixbox.session import mounts, stop
-from nixbox.session.start import Restored, Start
+from nixbox.session.start import Restored, Start, own_memory
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir
@@ -160,14 +160,12 @@ def copied(parent: Start, children: list[MachineDir]) -> Iterator[Copy]:
 
 def _captured(parent: Start, child: MachineDir, memory: int) -> bytes:
     machine = parent.machine
-    whole = os.memfd_create("nixbox-fork", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(whole, parent.record.memory_mib << 20)
+    with own_memory(parent.record.memory_mib) as whole:
         with mounts.away(machine, parent.backend, parent.report):
             # If we are killed from here on, the next command on the machine lets it go on.
             machine.paused.touch(mode=0o600)
             try:
-                state = capture(parent, MemoryFile(Path(f"/proc/self/fd/{whole}"), shared=True), (whole,))
+                state = capture(parent, MemoryFile.of(whole, shared=True), (whole,))
                 saved.copy(machine.overlay, child.overlay)
             finally:
                 if machine.alive():
@@ -175,8 +173,6 @@ def _captured(parent: Start, child: MachineDir, memory: int) -> bytes:
                 machine.paused.unlink(missing_ok=True)
         # QEMU has looked at every page, and a memfd keeps what was looked at.
         saved.compact(whole, memory)
-    finally:
-        os.close(whole)
     return state
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nixbox import locks, paths
+from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.guest import control
 from nixbox.image import store
 from nixbox.image.build import Image
 from nixbox.machine import record as records
 from nixbox.mounts import daemon, health, places, standin
-from nixbox.plan.model import Mount, Shared
+from nixbox.plan.model import Shared
 from nixbox.session import net
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def resolve(mounts: Sequence[Mount], workspace: Path, fields: Sequence[str] = ()
     return places.resolve(mounts, workspace, [*own, *([root] if root else [])], fields)
 
 
-def wanted(configured: Sequence[Mount], old: Record | None, workspace: Path) -> list[dict[str, Any]]:
+def wanted(configured: Sequence[Place], old: Record | None) -> list[dict[str, Any]]:
     """All that a machine is to have, for its record: the config's, and what was added before and is still there."""
-    found = {place.mount.target: shared(place) for place in resolve(configured, workspace)}
+    found = {place.mount.target: shared(place) for place in configured}
     for one in old.shared if old is not None else []:
         if one.added and Path(one.source).is_dir():
             found.setdefault(one.target, replace(one, tag=""))
@@ -193,9 +194,9 @@ def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, re
         raise ConfigError(fault, hint="write it as /srv/data or ~/data")
     asked = Mount(str(Path.cwd() / Path(source).expanduser()), target.rstrip("/"), readonly)
     (place,) = resolve([asked], machine.workspace, ["mount"])
-    user = machine.load().user
-    for one in machine.load().shared:
-        if places.guest_path(one.target, user) == places.guest_path(target, user) and one.tag:
+    record = machine.load()
+    for one in record.shared:
+        if places.guest_path(one.target, record.user) == places.guest_path(target, record.user) and one.tag:
             raise ConfigError(
                 f"{one.source} is mounted at {one.target} already", hint=f"`nixbox unmount {one.target}` first"
             )
@@ -203,16 +204,15 @@ def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, re
     return place.source
 
 
-def follow(machine: MachineDir, backend: Backend, configured: Sequence[Mount], report: Reporter) -> bool:
+def follow(machine: MachineDir, backend: Backend, configured: Sequence[Place], report: Reporter) -> bool:
     """Share what the config of a running machine has come to name; whether it now has what the config says."""
     record = machine.load()
     have = {places.guest_path(one.target, record.user) for one in record.shared}
-    listed = resolve(configured, machine.workspace)
-    for place in listed:
+    for place in configured:
         if places.guest_path(place.mount.target, record.user) not in have and record.shares_memory:
             add(machine, backend, [shared(place)])
             report.note(f"{place.source} is mounted at {place.mount.target}")
-    named = {place.mount.target: (str(place.source), place.mount.readonly) for place in listed}
+    named = {place.mount.target: (str(place.source), place.mount.readonly) for place in configured}
     now = {one.target: (one.real, one.readonly) for one in machine.load().shared}
     extra = {one.target for one in record.shared if one.added} - set(named)
     return named == {target: what for target, what in now.items() if target not in extra}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nixbox.errors import ConfigError, NixboxError
@@ -36,11 +35,6 @@ if TYPE_CHECKING:
 BOOT_TIMEOUT_S = 240.0
 # One that goes on from a saved state has next to nothing to do.
 RESTORE_TIMEOUT_S = 60.0
-
-
-def privately(fd: int) -> MemoryFile:
-    """Memory that begins as the file of a descriptor and is the guest's own from there on (copy on write)."""
-    return MemoryFile(Path(f"/proc/self/fd/{fd}"), shared=False)
 
 
 @contextmanager
@@ -155,7 +149,7 @@ class Start:
         with self.phase("boot"), ExitStack() as undo:
             if memory is None and self.record.shares_memory:
                 with own_memory(self.record.memory_mib) as own:
-                    self.launch(self.spec(MemoryFile(Path(f"/proc/self/fd/{own}"), shared=True)), (own,))
+                    self.launch(self.spec(MemoryFile.of(own, shared=True)), (own,))
             else:
                 self.launch(self.spec(memory))
             undo.callback(self.shares.abandon)
@@ -185,10 +179,11 @@ class Start:
         connected to its host; ours takes that host's place at once. `going_on` is called before the guest goes on.
         """
         if not (self.record.return_memory or self.record.shares_memory):
-            return self.restore(privately(memory), state, (memory,), held=held, going_on=going_on)
+            common = MemoryFile.of(memory, shared=False)
+            return self.restore(common, state, (memory,), held=held, going_on=going_on)
         # Holes will be made in it, or others than the hypervisor have to see it: it must be this machine's alone.
         with own_copy(memory) as copy:
-            own = MemoryFile(Path(f"/proc/self/fd/{copy}"), shared=True)
+            own = MemoryFile.of(copy, shared=True)
             return self.restore(own, state, (copy,), held=held, going_on=going_on)
 
     def restore(

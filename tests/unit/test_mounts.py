@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nixbox import paths
+from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError, HostError
 from nixbox.mounts import daemon, health, jail, places
 from nixbox.mounts.jail import Inode
 from nixbox.mounts.standin import Broken, Device, StandIn
-from nixbox.plan.model import Mount, Queue, Shared
+from nixbox.plan.model import Queue, Shared
 
 
 @pytest.fixture
