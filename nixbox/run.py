@@ -53,6 +53,7 @@ _PACKAGES = {
 }
 _TAIL_LINES = 30
 _ARGV_SHOWN = 1000
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SSH_FAILED = 255  # what ssh exits with when it ends for a reason of its own (ssh(1))
 
 
@@ -216,21 +217,22 @@ def stream(
     process = None
     code = 0
     try:
-        process = sh.Command(program)(
-            *argv[1:],
-            _bg=True,
-            _bg_exc=False,
-            _in=stdin,
-            _out=follow(kept_out, on_out),
-            _err=follow(kept_err, on_err),
-            _env=child_env(env),
-            _cwd=str(cwd) if cwd else None,
-            _tty_out=False,
-            _new_session=False,
-            _new_group=True,  # Ctrl-C reaches us alone; we end the whole group below
-            _encoding="utf-8",
-            _decode_errors="replace",
-        )
+        with _signals_held():
+            process = sh.Command(program)(
+                *argv[1:],
+                _bg=True,
+                _bg_exc=False,
+                _in=stdin,
+                _out=follow(kept_out, on_out),
+                _err=follow(kept_err, on_err),
+                _env=child_env(env),
+                _cwd=str(cwd) if cwd else None,
+                _tty_out=False,
+                _new_session=False,
+                _new_group=True,  # Ctrl-C reaches us alone; we end the whole group below
+                _encoding="utf-8",
+                _decode_errors="replace",
+            )
         process.wait()
     except sh.ErrorReturnCode as error:
         code = error.exit_code
@@ -241,6 +243,26 @@ def stream(
     if failures:
         raise failures[0]
     return Completed(code, "".join(kept_out), "".join(kept_err))
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What interrupts us waits for the body's end: a child that was begun in it can then be ended by its pid."""
+    import threading
+
+    came: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()  # others are never interrupted
+    handlers = {sig: signal.getsignal(sig) for sig in _ENDING} if ours else {}
+    previous = {sig: handler for sig, handler in handlers.items() if callable(handler)}
+    for sig in previous:
+        signal.signal(sig, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+    for number in came[:1]:
+        previous[signal.Signals(number)](number, None)
 
 
 def _end_group(pid: int) -> None:
@@ -310,7 +332,6 @@ def attached(
     end. After `timeout_s` seconds `forward` gets SIGTERM, two seconds later SIGKILL, and the code is 124, as
     with timeout(1).
     """
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     interrupted = False
 
     def on_signal(number: int, _: object) -> None:
@@ -318,7 +339,7 @@ def attached(
         interrupted = True
         forward(signal.Signals(number))
 
-    previous = {sig: signal.signal(sig, on_signal) for sig in caught}
+    previous = {sig: signal.signal(sig, on_signal) for sig in _ENDING}
     # In a process group of its own, so that a terminal's Ctrl-C reaches us alone, unless it reads that terminal.
     group = None if sys.stdin is not None and sys.stdin.isatty() else 0
     try:

@@ -257,24 +257,39 @@ def end(pids: list[int]) -> None:
 
 
 STREAMER = """
-import os, sys
-sys.path[:] = sys.argv[2:]
+import os, signal, sys, time
+sys.path[:] = sys.argv[3:]
+import sh
 from nixbox import run
+seen = []
+def show(line):
+    print(line, flush=True)
+    seen.append(line)
+if sys.argv[2] == "early":  # the signal comes when the child is there, and nobody knows its pid yet
+    made = sh.RunningCommand.__init__
+    def init(*args, **settings):
+        made(*args, **settings)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not seen:
+            time.sleep(0.01)
+    sh.RunningCommand.__init__ = init
 try:
-    run.stream(["sh", "-c", sys.argv[1]], on_out=lambda line: print(line, flush=True))
+    run.stream(["sh", "-c", sys.argv[1]], on_out=show)
 except KeyboardInterrupt:
     os._exit(130)  # as the program does: the threads of sh may be at anything
 """
 
 
-def test_ctrl_c_ends_the_whole_group() -> None:
-    argv = [sys.executable, "-I", "-c", STREAMER, FAMILY, *sys.path]
+@pytest.mark.parametrize("when", ["early", "later"])
+def test_ctrl_c_ends_the_whole_group(when: str) -> None:
+    argv = [sys.executable, "-I", "-c", STREAMER, FAMILY, when, *sys.path]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as ours:
         assert ours.stdout is not None
         pids = [int(word) for word in ours.stdout.readline().split()]
         try:
             assert len(pids) == 2
-            ours.send_signal(signal.SIGINT)
+            if when == "later":
+                ours.send_signal(signal.SIGINT)
             assert ours.wait(HANG_S) == 130
             for pid in pids:
                 wait_for(lambda pid=pid: gone(pid), "the child's end")  # type: ignore[misc]
