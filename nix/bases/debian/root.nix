@@ -41,7 +41,10 @@ let
       : > "$1"/etc/machine-id'
     # A failed step takes its mounts away, so that the end of the log is about the failure.
     export unmount='umount -l "$1/dev" "$1/tmp/repo" "$1/tmp/build" 2>/dev/null'
-    unpack='unsquashfs -q -n -f -d "$1" $base; mount --rbind /dev "$1/dev"'
+    # ldconfig is static, so fakeroot does not see that it replaces its cache: what it recorded of the old one's inode
+    # would be taken for the next file's that gets the number, and a symbolic link would seem to be a file.
+    unpack='unsquashfs -q -n -f -d "$1" $base; rm "$1/etc/ld.so.cache"; mount --rbind /dev "$1/dev"'
+    export linked='[ -e "$1/etc/ld.so.cache" ] || chroot "$1" ldconfig'
   '';
   on = attrs: script: inTools attrs (prelude + script);
 in
@@ -79,7 +82,8 @@ rec {
         apt-get -q -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io -o Dpkg::Use-Pty=0 \
           -y --no-install-recommends --allow-downgrades install /tmp/repo/*.deb
         [ -z \"$auto\" ] || apt-mark auto $auto" || { eval "$unmount"; exit 1; }' \
-      --customize-hook='umount "$1/tmp/repo"; rmdir "$1/tmp/repo"' --customize-hook="$clean" \
+      --customize-hook='umount "$1/tmp/repo"; rmdir "$1/tmp/repo"' \
+      --customize-hook="$linked" --customize-hook="$clean" \
       "" - | pack
   '';
 
@@ -119,7 +123,8 @@ rec {
           n=$((n + 1))
         done' \
       --customize-hook='umount "$1/tmp/build"; rmdir "$1/tmp/build"
-        [ -z "''${buildNetwork:-}" ] || rm -f "$1/etc/resolv.conf"' --customize-hook="$leave" \
+        [ -z "''${buildNetwork:-}" ] || rm -f "$1/etc/resolv.conf"' \
+      --customize-hook="$linked" --customize-hook="$leave" \
       "" - | pack
   '';
 }
