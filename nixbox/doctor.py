@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nixbox import paths, run
 from nixbox.errors import NixboxError
+
+if TYPE_CHECKING:
+    from nixbox.config.settings import Loaded
 
 Level = Literal["ok", "warning", "missing"]
 _FREE_WARNING_GIB = 3
@@ -34,10 +38,12 @@ def examine() -> Iterator[Finding]:
     for program, why in (("ssh", "reaches the guest"), ("ssh-keygen", "makes its keys"), ("mke2fs", "its disk")):
         yield _program(program, why)
     yield _apt()
+    yield _git()
     yield from _mirror()
     yield from _namespaces()
     yield from _network()
     yield from _mounts()
+    yield from _plugins()
     yield from _space()
 
 
@@ -87,6 +93,13 @@ def _apt() -> Finding:
         return Finding("ok", "apt", "resolves and fetches Debian packages")
     detail = "no apt on this host: a lock can be built from (Nix fetches), but not made"
     return Finding("warning", "apt", detail, "make the lock on a Debian machine and commit it")
+
+
+def _git() -> Finding:
+    if run.find_tool("git"):
+        return Finding("ok", "git", "asks GitHub for the revisions of plugins")
+    detail = "not on this host: plugins from GitHub can be used as they are pinned, but not pinned anew"
+    return Finding("warning", "git", detail, "apt install git")
 
 
 def _mirror() -> Iterator[Finding]:
@@ -147,13 +160,10 @@ def _mounts() -> Iterator[Finding]:
         yield Finding("ok", "virtiofsd", f"this host has {daemon.program(None).path}")
     except NixboxError:
         yield Finding("ok", "virtiofsd", "not on this host; images of Debian trixie and newer bring theirs")
-    try:
-        workspace = paths.find_workspace(Path.cwd())
-        from nixbox.config.cache import load
-
-        mounts = load(workspace).settings.mounts
-    except NixboxError:  # no workspace, or one that `nixbox config` tells about
+    loaded = _loaded()
+    if loaded is None:
         return
+    workspace, mounts = loaded.workspace, loaded.settings.mounts
     from nixbox.machine.record import all_machines, holders
 
     for mount in mounts:
@@ -169,6 +179,37 @@ def _mounts() -> Iterator[Finding]:
             if many > health.MANY_DESCRIPTORS:
                 detail = f"the guest of `{machine.name}` has {many} files of {one.real} in its memory"
                 yield Finding("warning", "mount", detail, "a cache? Let the guest have one of its own")
+
+
+def _loaded() -> Loaded | None:
+    """The configuration of the workspace that we are in; None without one, or with one that has faults."""
+    from nixbox import loading
+
+    try:
+        return loading.load(paths.find_workspace(Path.cwd()))
+    except NixboxError:
+        return None
+
+
+def _plugins() -> Iterator[Finding]:
+    """The plugins of the workspace, and the variables that they need of the user."""
+    loaded = _loaded()
+    if loaded is None or not loaded.plugins:
+        return
+    given = {entry.name: entry.from_host for entry in loaded.settings.env}
+    fine = True
+    for origin, name in loaded.settings.requires_env:
+        if name not in given:
+            fine = False
+            hint = f'in config.toml, [env]: {name} = {{ from_host = "{name}" }}'
+            yield Finding("missing", origin, f"needs the variable {name}, which the config does not name", hint)
+        elif (source := given[name]) is not None and source not in os.environ:
+            fine = False
+            yield Finding(
+                "missing", origin, f"needs {name}, and this host's {source} is not set", f"export {source}=…"
+            )
+    if fine:
+        yield Finding("ok", "plugins", ", ".join(used.name for used in loaded.plugins))
 
 
 def _space() -> Iterator[Finding]:

@@ -10,7 +10,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,19 +20,20 @@ from nixbox.errors import ConfigError, HostError, NixboxError
 
 CONFIG_DIR = ".nixbox"
 CONFIG_FILE = "config.toml"
+NIX_CONFIG_FILE = "config.nix"  # read by Nix, where there is no config.toml
 LOCK_FILE = "nixbox.lock"
 SETTINGS_FILE = "settings.toml"
 
 
 def find_workspace(start: Path, *, trusting: bool = False) -> Path:
-    """The nearest directory at or above `start` that holds `.nixbox/config.toml`.
+    """The nearest directory at or above `start` that holds `.nixbox/config.toml` (or `config.nix`).
 
     Raises ConfigError when there is none, or, unless `trusting`, when somebody else may have put it there.
     """
     start = start.resolve()
     for directory in (start, *start.parents):
-        config = directory / CONFIG_DIR / CONFIG_FILE
-        if config.is_file():
+        places = [directory / CONFIG_DIR / name for name in (CONFIG_FILE, NIX_CONFIG_FILE)]
+        for config in filter(Path.is_file, places):
             if not trusting:
                 _check_owner(config)
                 _check_planted(directory)
@@ -65,24 +67,26 @@ class Known:
 
     `workspaces` maps those that nixbox has seen to device and inode of their `.nixbox`; `writable` maps directories
     that guests could write to the locks of the processes that serve them (one that is held: now). What lies in one of
-    the latter and was not seen before, or is another directory by now, may have come from a guest.
+    the latter and was not seen before, or is another directory by now, may have come from a guest. `plugins` maps
+    directories of plugins to the digests of what was in them when they were the user's alone.
     """
 
     workspaces: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     writable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, workspace: Path) -> bool:
         """Whether this very workspace was seen before."""
         found = _identity(workspace)
         return found is not None and self.workspaces.get(str(workspace)) == found
 
-    def shared(self, workspace: Path) -> list[str]:
+    def shared(self, directory: Path) -> list[str]:
         """The directories by which guests could write into it."""
-        return [source for source in self.writable if workspace.is_relative_to(source)]
+        return [source for source in self.writable if directory.is_relative_to(source)]
 
-    def served(self, workspace: Path) -> bool:
+    def served(self, directory: Path) -> bool:
         """Whether a guest can write into it now, and sees what is there now."""
-        return any(locks.held(Path(lock)) for source in self.shared(workspace) for lock in self.writable[source])
+        return any(locks.held(Path(lock)) for source in self.shared(directory) for lock in self.writable[source])
 
 
 def known() -> Known:
@@ -90,7 +94,8 @@ def known() -> Known:
     try:
         data = json.loads(_known_file().read_text())
         workspaces = {str(path): (int(device), int(inode)) for path, (device, inode) in data["workspaces"].items()}
-        return Known(workspaces, {str(path): tuple(locks) for path, locks in data["writable"].items()})
+        writable = {str(path): tuple(locks) for path, locks in data["writable"].items()}
+        return Known(workspaces, writable, {str(path): str(was) for path, was in data.get("plugins", {}).items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Known()
 
@@ -102,11 +107,7 @@ def remember(workspace: Path, writable: Mapping[Path, Path] | None = None) -> No
     ident = _identity(workspace)
     if ident is None or (known().has(workspace) and not writable):
         return
-    directory = private_dir(state_dir())
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        now = known()
+    with _changing_known() as now:
         # One that is somewhere else by now could have been changed there: it is known no more.
         workspaces = {path: was for path, was in now.workspaces.items() if _identity(Path(path)) in (was, None)}
         shared = {path: [lock for lock in of if locks.held(Path(lock))] for path, of in now.writable.items()}
@@ -115,10 +116,31 @@ def remember(workspace: Path, writable: Mapping[Path, Path] | None = None) -> No
             gone = [path for path in workspaces if Path(path).is_relative_to(source) and not _identity(Path(path))]
             for path in gone:
                 del workspaces[path]
-        data = {"workspaces": workspaces | {str(workspace): ident}, "writable": shared}
-        write_atomic(_known_file(), json.dumps(data, indent=1) + "\n", mode=0o600)
+        _write_known(workspaces | {str(workspace): ident}, shared, now.plugins)
+
+
+def remember_plugin(directory: Path, digest: str) -> None:
+    """Note what is in a plugin's directory (a real path) while it is the user's alone. Raises NixboxError."""
+    with _changing_known() as now:
+        _write_known(now.workspaces, now.writable, {**now.plugins, str(directory): digest})
+
+
+@contextmanager
+def _changing_known() -> Iterator[Known]:
+    """What is known, with nobody else changing it meanwhile."""
+    fd = os.open(private_dir(state_dir()), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield known()
     finally:
         os.close(fd)
+
+
+def _write_known(
+    workspaces: Mapping[str, tuple[int, int]], writable: Mapping[str, Sequence[str]], plugins: Mapping[str, str]
+) -> None:
+    data = {"workspaces": workspaces, "writable": writable, "plugins": plugins}
+    write_atomic(_known_file(), json.dumps(data, indent=1) + "\n", mode=0o600)
 
 
 def _identity(workspace: Path) -> tuple[int, int] | None:
@@ -171,7 +193,7 @@ def cache_dir() -> Path:
 
 
 def user_config_dir() -> Path:
-    """`$XDG_CONFIG_HOME/nixbox`: user profiles (and, later, plugins)."""
+    """`$XDG_CONFIG_HOME/nixbox`: the user's settings, profiles and plugins."""
     return _xdg("XDG_CONFIG_HOME", ".config") / "nixbox"
 
 

@@ -51,6 +51,7 @@ _PACKAGES = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
+NOWHERE = subprocess.DEVNULL  # for the streams of `piped`
 _TAIL_LINES = 30
 _ARGV_SHOWN = 1000
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -265,8 +266,8 @@ def _signals_held() -> Iterator[None]:
         previous[signal.Signals(number)](number, None)
 
 
-def _end_group(pid: int) -> None:
-    """End a process group of ours: SIGTERM, five seconds, SIGKILL."""
+def _end_group(pid: int, reap: Callable[[], object] = lambda: None) -> None:
+    """End a process group of ours: SIGTERM, five seconds, SIGKILL. `reap` collects its leader if that has ended."""
     import time
 
     for sig in (signal.SIGTERM, signal.SIGKILL):
@@ -275,6 +276,7 @@ def _end_group(pid: int) -> None:
         except ProcessLookupError:
             return
         for _ in range(100):
+            reap()
             try:
                 os.killpg(pid, 0)
             except ProcessLookupError:
@@ -364,7 +366,155 @@ def attached(
     return 128 - code if code < 0 else code
 
 
-def replace(argv: Sequence[str]) -> NoReturn:
-    """Become another program: streams, terminal, signals and exit code are its own from here on."""
+def on_host(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> int:
+    """Run a program of the user's own, with just this environment, to its end; returns its exit code (128 + signal).
+
+    What it prints goes to our stderr, and it reads the terminal if there is one. An interrupt ends it, and goes on.
+    """
     path = tool(argv[0]) if "/" not in argv[0] else argv[0]
-    os.execve(path, list(argv), child_env())
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    process = None
+    try:
+        with _signals_held():
+            process = subprocess.Popen(
+                [path, *argv[1:]],
+                stdin=None if terminal else subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                env=dict(env),
+                cwd=cwd,
+                process_group=None if terminal else 0,  # one of its own could not read the terminal
+            )
+        code = process.wait()
+    except BaseException:
+        if process is not None:
+            if terminal:  # what ended us came to it as well; what it started is in our own group
+                process.terminate()
+                _end(process)
+            else:
+                _end_group(process.pid, process.poll)
+                process.wait()
+        raise
+    return 128 - code if code < 0 else code
+
+
+def _end(process: Process) -> None:
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Piped:
+    """A process that is talked to: `stdin` and `stdout` are our ends of its pipes, unless they were given."""
+
+    def __init__(self, process: Process, argv: Sequence[str]) -> None:
+        import threading
+
+        self.argv = argv
+        self.process = process
+        self._said: deque[bytes] = deque(maxlen=8)
+        # Somebody must read it at all times, or a process that complains much would stand still.
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    @property
+    def stdin(self) -> int:
+        """Where to write to."""
+        assert self.process.stdin is not None
+        return self.process.stdin.fileno()
+
+    @property
+    def stdout(self) -> int:
+        """Where to read from."""
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        with contextlib.suppress(OSError, ValueError):
+            while piece := os.read(self.process.stderr.fileno(), 8192):
+                self._said.append(piece)
+
+    def said(self) -> str:
+        """The end of what it said on stderr: 64 KiB at most."""
+        return b"".join(self._said).decode(errors="replace")
+
+    def no_more(self) -> None:
+        """Close its standard input."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+    def finish(self, timeout_s: float) -> int:
+        """Wait for its end; returns the exit code (negative: a signal). Raises TimeoutExpired."""
+        self.no_more()
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutExpired(
+                f"`{shlex.join(self.argv)[:_ARGV_SHOWN]}` did not end within {timeout_s:g} s"
+            ) from None
+        self._reader.join(timeout_s)
+        return code
+
+    def end(self) -> None:
+        """Kill it unless it has ended, and let go of it."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            self.process.wait()
+        # Whoever else has its stderr (a shared connection that it began) does not hold us up.
+        self._reader.join(1)
+        for stream in (
+            self.process.stdin,
+            self.process.stdout,
+            *(() if self._reader.is_alive() else (self.process.stderr,)),
+        ):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+@contextlib.contextmanager
+def piped(
+    argv: Sequence[str],
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Piped]:
+    """Run a process beside the body with pipes for its streams, or with the given descriptors.
+
+    It is killed at the body's end unless it has ended: `finish` waits for it. In a process group of its own, so that
+    a terminal's Ctrl-C reaches us alone. Raises HostError when the program is missing.
+    """
+    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    child = None
+    try:
+        with _signals_held():
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE if stdin is None else stdin,
+                stdout=subprocess.PIPE if stdout is None else stdout,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=child_env(env),
+                process_group=0,
+            )
+            child = Piped(process, argv)
+        yield child
+    finally:
+        if child is not None:
+            child.end()
+
+
+def replace(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> NoReturn:
+    """Become another program: streams, terminal, signals and exit code are its own from here on.
+
+    `env`: just this environment; else the allow-list of ours. Raises OSError for what cannot be executed.
+    """
+    path = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    if cwd is not None:
+        os.chdir(cwd)
+    os.execve(path, list(argv), child_env() if env is None else dict(env))

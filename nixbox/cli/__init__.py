@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import env, mounts, net, stores
-from nixbox.cli.common import Json, Machine, complete_machine, print_json
+from nixbox.cli import copying, env, mounts, net, plugins, seeds, stores, update, workspace
+from nixbox.cli.common import Json, Machine, Profile, complete_machine, drop_displays, print_json, reporter, sandbox
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
 if TYPE_CHECKING:
-    from nixbox.report import Reporter
-    from nixbox.session import Sandbox, Up
+    from nixbox.session import Sandbox
+    from nixbox.session.outcome import Up
 
 
 class _Stopped(KeyboardInterrupt):
@@ -47,6 +47,29 @@ class _PipeClosed(Exception):
 
 
 class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *plugins.with_commands()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        used = plugins.with_commands().get(cmd_name) if own is None else None
+        return typer.main.get_command(plugins.group(used)) if used is not None else own
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        from nixbox.report import harmless
+
+        own = [(name, TyperGroup.get_command(self, ctx, name)) for name in TyperGroup.list_commands(self, ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(90)) for name, command in own if command])
+        rows = [
+            (f"{used.name} {command.name}", harmless(command.description))
+            for used in plugins.with_commands().values()
+            for command in used.commands
+        ]
+        if rows:
+            with formatter.section("Commands of this workspace's plugins"):
+                formatter.write_dl(rows)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -72,8 +95,9 @@ app.add_typer(stores.template_app, name="template")
 app.add_typer(net.net_app, name="net")
 app.add_typer(env.env_app, name="env")
 app.add_typer(net.port_app, name="port")
-app.command()(mounts.mount)
-app.command()(mounts.unmount)
+app.add_typer(plugins.plugin_app, name="plugin")
+app.command()(workspace.init)
+app.command()(workspace.trust)
 
 
 Name = Annotated[
@@ -82,29 +106,6 @@ Name = Annotated[
         help="A machine of this workspace; default: the workspace's own.", autocompletion=complete_machine
     ),
 ]
-Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]
-
-
-_made: list[Reporter] = []  # the one reporter of this process: `main` takes its live display away, whatever happens
-
-
-def _reporter(*, quiet: bool = False) -> Reporter:
-    from nixbox import report
-
-    if not _made:
-        _made.append(report.for_stderr(quiet=quiet))
-    return _made[0]
-
-
-def _sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
-    from nixbox.session import Sandbox
-
-    chosen = None
-    if any(value not in (None, (), []) for value in overrides.values()):
-        from nixbox.config.settings import Overrides
-
-        chosen = Overrides(**{key: value for key, value in overrides.items() if value is not None})
-    return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=_reporter())
 
 
 def _pairs(values: list[str] | None, option: str) -> tuple[tuple[str, str], ...]:
@@ -118,28 +119,6 @@ def _pairs(values: list[str] | None, option: str) -> tuple[tuple[str, str], ...]
             raise ConfigError(f"{option} takes NAME=VALUE, not {names.shown(name)}", hint="e.g. -e LOG_LEVEL=debug")
         pairs.append((name, text))
     return tuple(pairs)
-
-
-@app.command()
-def init(
-    name: Annotated[str | None, typer.Option(help="The name of the machine; default: the directory's.")] = None,
-    base: Annotated[str, typer.Option(help="debian or nixpkgs.")] = "debian",
-) -> None:
-    """Make this directory a workspace (.nixbox/config.toml)."""
-    from nixbox.config import scaffold
-
-    path = scaffold.init(Path.cwd(), name=name, base=base)
-    print(f"wrote {path.relative_to(Path.cwd())}; next: nixbox up", file=sys.stderr)
-
-
-@app.command()
-def trust() -> None:
-    """Say that this workspace is yours, though a guest could have put it there."""
-    from nixbox import paths
-
-    workspace = paths.find_workspace(Path.cwd(), trusting=True)
-    paths.trust(workspace)
-    print(f"{workspace} is trusted", file=sys.stderr)
 
 
 @app.command()
@@ -162,7 +141,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Bring the machine up: lock, build, restore or boot, set up."""
-    box = _sandbox(
+    box = sandbox(
         name,
         profile=profile,
         vcpus=cpus,
@@ -183,8 +162,10 @@ def up(
         seconds = sum(done.phases.values())
         how = "is running" if done.how == "running" else f"is {done.how} ({done.accelerator}, {seconds:.1f} s)"
         print(f"`{done.name}` {how}: nixbox shell, nixbox run -- CMD", file=sys.stderr)
-    if done.failed_scripts:
-        raise NixboxError(f"the machine is up, but {len(done.failed_scripts)} of its scripts failed")
+    failed = {"scripts": len(done.failed_scripts), "seeds": len(done.seeds.failed)}
+    if any(failed.values()):
+        words = " and ".join(f"{count} of its {what}" for what, count in failed.items() if count)
+        raise NixboxError(f"the machine is up, but {words} failed")
 
 
 def _up_json(done: Up) -> dict[str, object]:
@@ -232,12 +213,18 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     print(f"env          {', '.join(spec.env_names) or '-'}")
     for mount in spec.mounts:
         print(f"mount        {mount.target} is {mount.source}{' (read-only)' if mount.readonly else ''}")
+    for seed in spec.seeds:
+        print(f"seed         {seed.target} from {seed.source}{'' if seed.on_up else ' (when asked)'}")
+    for event, hooks in loaded.settings.hooks.items():
+        for hook in hooks:
+            of = f"plugin {hook.plugin}" if hook.plugin else "config.toml"
+            print(f"hook         {event}, of {of}: {hook.run.strip().splitlines()[0] if hook.run.strip() else ''}")
 
 
 @app.command()
 def down(name: Name = None) -> None:
     """Stop the machine; its files stay."""
-    box = _sandbox(name)
+    box = sandbox(name)
     how = box.down()
     words = {"not running": "was not running", "powered off": "is down"}
     print(f"`{box.machine.name}` {words.get(how, f'is down ({how})')}", file=sys.stderr)
@@ -246,7 +233,7 @@ def down(name: Name = None) -> None:
 @app.command()
 def shell(name: Name = None) -> None:
     """A login shell in the guest."""
-    _sandbox(name).shell()
+    sandbox(name).shell()
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False})
@@ -270,7 +257,7 @@ def run_command(
         pairs = dict(_pairs(env, "--env"))
         if ephemeral and machine is not None:
             raise ConfigError("--ephemeral makes a machine of its own; it does not go with --machine")
-        box = _ephemeral() if ephemeral else _sandbox(machine)
+        box = _ephemeral() if ephemeral else sandbox(machine)
         want_tty = tty if tty is not None else sys.stdin.isatty() and sys.stdout.isatty()
         run = box.run_once if ephemeral else box.run
         code = run(command, tty=want_tty, timeout_s=timeout, env=pairs, workdir=workdir)
@@ -286,13 +273,13 @@ def _ephemeral() -> Sandbox:
     """A sandbox for one command, whose own output is the command's: nothing is said but what matters."""
     from nixbox.session import Sandbox, ephemeral
 
-    return Sandbox.open(Path.cwd(), ephemeral.name(), reporter=_reporter(quiet=True), ephemeral=True)
+    return Sandbox.open(Path.cwd(), ephemeral.name(), reporter=reporter(quiet=True), ephemeral=True)
 
 
 @app.command()
 def suspend(name: Name = None) -> None:
     """Save the machine with its memory and stop it; `nixbox up` goes on from there."""
-    box = _sandbox(name)
+    box = sandbox(name)
     box.suspend()
     box.report.done()
     print(f"`{box.machine.name}` is suspended: nixbox up", file=sys.stderr)
@@ -308,7 +295,7 @@ def fork(
     as_json: Json = False,
 ) -> None:
     """Make machines that go on from a running one, from a stopped one's disk, or from the template."""
-    box = _sandbox(name)
+    box = sandbox(name)
     made = box.fork(count, prefix)
     box.report.done()
     if as_json:
@@ -322,7 +309,7 @@ def status(name: Name = None, as_json: Json = False) -> None:
     """What the machine is doing. Exit code 4 when it is not running."""
     from nixbox import view
 
-    box = _sandbox(name)
+    box = sandbox(name)
     found = view.machine_view(box.machine)
     if as_json:
         print_json(found.as_dict())
@@ -384,7 +371,7 @@ def logs(
 
     if console and setup:
         raise ConfigError("--console and --setup are two logs; choose one")
-    box = _sandbox(name)
+    box = sandbox(name)
     box.machine.load()
     path = box.machine.setup_log if setup else box.machine.console_log
     if not path.exists():
@@ -401,7 +388,7 @@ def rm(
     from nixbox import view
     from nixbox.machine.overlay import allocated_bytes
 
-    box = _sandbox(name)
+    box = sandbox(name)
     if not box.machine.path.exists():
         box.machine.load()  # raises with the words for a machine that is not there
     used = allocated_bytes(box.machine.overlay) if box.machine.overlay.exists() else 0
@@ -413,89 +400,24 @@ def rm(
     print(f"`{box.machine.name}` is removed", file=sys.stderr)
 
 
-@app.command()
-def lock() -> None:
-    """Resolve the packages anew, write the lock, print changes."""
-    box = _sandbox()
-    changed = box.lock()
-    box.report.done()
-    print("\n".join(changed) if changed else "nothing changed", file=sys.stdout if changed else sys.stderr)
-
-
-@app.command()
-def build(
-    profile: Profile = None,
-    locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Build the image; prints its store path."""
-    box = _sandbox(profile=profile)
-    image = box.build(locked=locked)
-    box.report.done()
-    if as_json:
-        print_json({"path": str(image.path), "root": str(image.root), "fresh": image.fresh, "image": image.meta})
-    else:
-        print(image.path)
-
-
-@app.command()
-def config(
-    profile: Profile = None,
-    as_json: Json = False,
-    nix: Annotated[bool, typer.Option("--nix", help="Print the generated Nix expression.")] = False,
-) -> None:
-    """Print the merged configuration and where each value came from."""
-    from nixbox.config import load
-
-    box = _sandbox(profile=profile)
-    loaded = box.load()
-    if nix:
-        from nixbox.image import apt, build, ensure
-
-        settings = loaded.settings
-        mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror).as_dict()
-        print(build.expression(box.plan(loaded).image, ensure.lock_path(box.workspace), mirrors), end="")
-    elif as_json:
-        print_json(load.to_json(loaded))
-    else:
-        print(load.render(loaded))
+app.command()(mounts.mount)
+app.command()(mounts.unmount)
+app.command()(seeds.seed)
+app.command()(copying.cp)
+app.command()(workspace.lock)
+app.command()(update.update)
+app.command()(workspace.build)
+app.command()(workspace.config)
 
 
 @app.command("ssh-config")
 def ssh_config(name: Name = None) -> None:
     """Print the machine's SSH configuration (for ssh -F, scp, …)."""
-    print(_sandbox(name).ssh_config().read_text(), end="")
+    print(sandbox(name).ssh_config().read_text(), end="")
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this host has and lacks. Exit code 3 when something necessary is missing."""
-    from dataclasses import asdict
-
-    from nixbox import doctor as examiner
-
-    missing = False
-    found = []
-    for finding in examiner.examine():
-        missing = missing or finding.level == "missing"
-        if as_json:
-            found.append(asdict(finding))
-            continue
-        print(f"{finding.level:8} {finding.what}: {finding.detail}")
-        if finding.hint and finding.level != "ok":
-            print(f"{'':8} hint: {finding.hint}")
-    if as_json:
-        print_json(found)
-    if missing:
-        raise typer.Exit(ExitCode.HOST)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    from nixbox import __version__
-
-    print(f"nixbox {__version__}")
+app.command()(workspace.doctor)
+app.command()(workspace.version)
 
 
 def _show(error: NixboxError) -> None:
@@ -557,10 +479,17 @@ def main() -> None:
         _other(error, debug)
 
 
+def _name(command: Any) -> str:
+    return command.name or getattr(command.callback, "__name__", "").replace("_", "-")
+
+
 def _asked_for(words: list[str]) -> typer.Typer:
     """The program with the one command that was asked for: to describe all of them to the parser takes longer."""
-    found = [c for c in app.registered_commands if (c.name or getattr(c.callback, "__name__", "")) in words[:1]]
+    found = [c for c in app.registered_commands if _name(c) in words[:1]]
     if not found:
+        groups = [group.name for group in app.registered_groups]
+        if words and not words[0].startswith("-") and words[0] not in groups:
+            plugins.call(words)
         return app
     only = copy.copy(app)
     only.registered_commands, only.registered_groups = found, []
@@ -570,10 +499,9 @@ def _asked_for(words: list[str]) -> typer.Typer:
 
 def _run_app() -> int:
     try:
-        code = _asked_for(sys.argv[1:])(standalone_mode=False)
+        code = _asked_for(sys.argv[1:])(standalone_mode=False, prog_name="nixbox")
     finally:
-        for reporter in _made:
-            reporter.done()
+        drop_displays()
     return code if isinstance(code, int) else 0
 
 

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nixbox.errors import NixboxError
+
+if TYPE_CHECKING:
+    from nixbox.report import Reporter
+    from nixbox.session import Sandbox
+
+
+_made: list[Reporter] = []  # the one reporter of this process: `main` takes its live display away, whatever happens
+
+
+def reporter(*, quiet: bool = False) -> Reporter:
+    """The reporter of this command."""
+    from nixbox import report
+
+    if not _made:
+        _made.append(report.for_stderr(quiet=quiet))
+    return _made[0]
+
+
+def sandbox(name: str | None = None, **overrides: Any) -> Sandbox:
+    """The machine that is meant: `name` of the current workspace, with what the command line says instead."""
+    from nixbox.session import Sandbox
+
+    chosen = None
+    if any(value not in (None, (), []) for value in overrides.values()):
+        from nixbox.config.settings import Overrides
+
+        chosen = Overrides(**{key: value for key, value in overrides.items() if value is not None})
+    return Sandbox.open(Path.cwd(), name, overrides=chosen, reporter=reporter())
+
+
+def drop_displays() -> None:
+    """Take the live display away, whatever happened."""
+    for one in _made:
+        one.done()
 
 
 def complete_machine(incomplete: str) -> list[str]:
@@ -33,3 +67,6 @@ Machine = Annotated[
 def print_json(data: object) -> None:
     """Data on stdout, for machines."""
     print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]

@@ -16,10 +16,9 @@ env_app = typer.Typer(help="The variables that the guest is given.", no_args_is_
 @env_app.command("list")
 def env_list(as_json: Json = False) -> None:
     """Names, where each value comes from, and where it goes; never a value."""
-    from nixbox import paths, view
-    from nixbox.config.cache import load
+    from nixbox import loading, paths, view
 
-    settings = load(paths.find_workspace(Path.cwd())).settings
+    settings = loading.load(paths.find_workspace(Path.cwd())).settings
     goes = ["sessions", "scripts"]
     if settings.setup is not None and settings.setup_env:
         goes.append("setup")

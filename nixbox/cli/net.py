@@ -114,6 +114,12 @@ def net_allow(
     words = ", ".join(f"`{domain}`" for domain in domains)
     print(f"{words}: allowed until the machine stops", file=sys.stderr)
     config = box.workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
+    if not config.exists():  # it is written in Nix's language
+        if save:
+            raise ConfigError(
+                f"{config.with_suffix('.nix')} is yours to change", hint="nixbox init --from makes it TOML"
+            )
+        return
     if save is None:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             print("to keep it: the same with --save", file=sys.stderr)

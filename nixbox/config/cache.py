@@ -14,72 +14,103 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nixbox import paths
-from nixbox.config.settings import TEMPLATE_LIMIT_MIB, EnvEntry, Loaded, Mount, Overrides, Published, Settings
+from nixbox import paths, trees
+from nixbox.config.settings import (
+    TEMPLATE_LIMIT_MIB,
+    Command,
+    EnvEntry,
+    Hook,
+    Loaded,
+    Mount,
+    Overrides,
+    Published,
+    Seed,
+    Settings,
+    Used,
+)
 from nixbox.errors import NixboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from nixbox.config.sources import Sources
 
 
-def load(workspace: Path, overrides: Overrides | None = None) -> Loaded:
+def load(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> Loaded:
     """As load.load; nothing is kept for a command line that changes settings. Raises ConfigError."""
     if overrides is not None and overrides != Overrides():
         from nixbox.config import load as loading
 
-        return loading.load(workspace, overrides)
+        return loading.load(workspace, overrides, sources)
     workspace = workspace.resolve()
     kept = paths.cache_dir() / "config" / f"{hashlib.sha256(str(workspace).encode()).hexdigest()[:24]}.json"
-    return _read(kept, workspace) or _fresh(kept, workspace)
+    return _read(kept, workspace) or _fresh(kept, workspace, sources)
 
 
-def _fresh(kept: Path, workspace: Path) -> Loaded:
+def _fresh(kept: Path, workspace: Path, sources: Sources | None) -> Loaded:
     from nixbox.config import load as loading
 
-    loaded = loading.load(workspace)
+    loaded = loading.load(workspace, sources=sources)
+    if not loaded.lasting:
+        return loaded
     settings = dataclasses.asdict(loaded.settings)
     settings["env"] = [{"name": entry.name, "from_host": entry.from_host} for entry in loaded.settings.env]
     data = {
-        "digest": _digest(loaded.files, loaded.absent),
+        "digest": _digest(loaded),
         "files": [str(path) for path in loaded.files],
         "absent": [str(path) for path in loaded.absent],
+        "unserved": loaded.unserved,
+        "plugins": [dataclasses.asdict(used) for used in loaded.plugins],
         "settings": settings,
         "origins": loaded.origins,
     }
     with contextlib.suppress(OSError, NixboxError):  # a cache that cannot be written is none
         paths.cache_dir().mkdir(parents=True, exist_ok=True)
         paths.private_dir(kept.parent)
-        paths.write_atomic(kept, json.dumps(data), mode=0o600)
+        paths.write_atomic(kept, json.dumps(data, default=str), mode=0o600)
     return loaded
 
 
-def _digest(files: Iterable[Path], absent: Iterable[Path]) -> str | None:
+def _digest(loaded: Loaded) -> str | None:
     """Of all that the checked configuration depends on; None when it must be read anew."""
     digest = hashlib.sha256()
     try:
         for module in sorted(Path(__file__).parent.glob("*.py")):
             info = module.stat()
             digest.update(f"{module} {info.st_size} {info.st_mtime_ns}\n".encode())
-        for path in files:
+        for path in loaded.files:
             data = path.read_bytes()
             digest.update(f"{path} {len(data)}\n".encode() + data)
-    except OSError:
+        for used in loaded.plugins:
+            if not used.directory.is_dir():
+                return None
+            if used.directory != used.source:  # guests may write there: all of it counts
+                digest.update(trees.Tree.read(used.source).digest.encode())
+    except (OSError, ValueError):
         return None
-    return None if any(path.exists() for path in absent) else digest.hexdigest()
+    return None if any(path.exists() for path in loaded.absent) else digest.hexdigest()
 
 
 def _read(kept: Path, workspace: Path) -> Loaded | None:
     try:
         data: dict[str, Any] = json.loads(kept.read_text())
-        files = tuple(Path(path) for path in data["files"])
-        absent = tuple(Path(path) for path in data["absent"])
-        if data["digest"] is None or data["digest"] != _digest(files, absent):
-            return None
         literals = tomllib.loads((workspace / paths.CONFIG_DIR / paths.CONFIG_FILE).read_text(encoding="utf-8"))
-        settings = _settings(data["settings"], literals.get("env", {}))
+        loaded = Loaded(
+            workspace,
+            _settings(data["settings"], literals.get("env", {})),
+            data["origins"],
+            tuple(Path(path) for path in data["files"]),
+            tuple(Path(path) for path in data["absent"]),
+            tuple(map(_used, data["plugins"])),
+            unserved=tuple((origin, name) for origin, name in data["unserved"]),
+        )
+        return loaded if data["digest"] is not None and data["digest"] == _digest(loaded) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Loaded(workspace, settings, data["origins"], files, absent)
+
+
+def _used(data: dict[str, Any]) -> Used:
+    commands = tuple(Command(**command) for command in data["commands"])
+    places = {name: Path(data[name]) for name in ("directory", "source")}
+    return Used(**{**data, **places, "commands": commands})
 
 
 def _settings(values: dict[str, Any], env: dict[str, Any]) -> Settings:
@@ -91,7 +122,8 @@ def _settings(values: dict[str, Any], env: dict[str, Any]) -> Settings:
     fields = {name: tuples(value) for name, value in values.items()}
     fields["mounts"] = tuple(Mount(**mount) for mount in values["mounts"])
     fields["published"] = tuple(Published(**port) for port in values["published"])
-    fields["hooks"] = {event: tuple(commands) for event, commands in values["hooks"].items()}
+    fields["hooks"] = {event: tuple(Hook(**hook) for hook in hooks) for event, hooks in values["hooks"].items()}
+    fields["seeds"] = tuple(Seed(**{**seed, "exclude": tuple(seed["exclude"])}) for seed in values["seeds"])
     fields["env"] = tuple(
         EnvEntry(entry["name"], None if entry["from_host"] else env[entry["name"]], entry["from_host"])
         for entry in values["env"]

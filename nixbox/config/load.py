@@ -2,61 +2,109 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from nixbox import paths
-from nixbox.config import schema
+from nixbox.config import fields, plugins, schema
 from nixbox.config.names import default_name, is_name, shown
+from nixbox.config.plugins import PluginFault
 from nixbox.config.schema import Config, Fault, Plugin, Profile
-from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, Published, Settings
+from nixbox.config.settings import (
+    Command,
+    EnvEntry,
+    Hook,
+    Loaded,
+    Mount,
+    Overrides,
+    Published,
+    Seed,
+    Settings,
+    Used,
+)
+from nixbox.config.sources import Sources
 from nixbox.errors import ConfigError
 
 DEFAULT = "default"
 USER = paths.CONFIG_FILE
 COMMAND_LINE = "command line"
 HIDDEN = "(hidden)"
+# nixbox's own commands: a plugin of such a name could not be called.
+RESERVED = frozenset(
+    (
+        *("build", "config", "cp", "doctor", "down", "env", "fork", "image", "init", "list", "lock", "logs", "mount"),
+        *("net", "plugin", "port", "rm", "run", "seed", "shell", "ssh-config", "status", "suspend", "template"),
+        *("trust", "unmount", "up", "update", "version"),
+    )
+)
 
 # A layer is one source's values by field path ("resources.vcpus"); lists and everything else are leaves.
 Layer: TypeAlias = Mapping[str, Any]
 M = TypeVar("M", Config, Profile, Plugin, schema.UserSettings)
 
 
-def load(workspace: Path, overrides: Overrides | None = None) -> Loaded:
+def load(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> Loaded:
     """Read and merge the configuration of `workspace`, the directory that holds `.nixbox`.
 
-    Raises one ConfigError whose `faults` name every fault of every file and of the command line.
+    `sources` serve plugins from GitHub and files in Nix's language; without them there are none. Raises one
+    ConfigError whose `faults` name every fault of every file and of the command line, and what `sources` raise for
+    GitHub.
     """
     overrides = overrides or Overrides()
     workspace = workspace.resolve()
-    reading = _Reading(workspace)
-    user = reading.toml(workspace / paths.CONFIG_DIR / paths.CONFIG_FILE) or {}
+    reading = _Reading(workspace, sources or Sources())
+    user = reading.user()
     reading.base = user["base"] if user.get("base") in schema.BASES else "debian"
     config = reading.check(Config, user, reading.user_label)
     command = reading.command_line(overrides)
-    plugins = [reading.plugin(i, ref) for i, ref in enumerate(_plugin_refs(user))]
+    used = list(filter(None, reading.used(_plugin_refs(user))))
     profile_name = overrides.profile or user.get("profile")
     profile = reading.profile(profile_name, "--profile" if overrides.profile else "profile")
     if reading.faults or config is None or command is None:
         raise _error(reading.faults)
 
+    said: list[tuple[str, Config | Profile | Plugin, str | None]]
+    said = [(f"plugin {found.ref}", plugin, found.name) for found, plugin in used]
+    said += [(f"profile {profile_name}", profile, None)] if profile else []
+    said += [(reading.user_file, config, None)]
     layers = [(DEFAULT, _defaults(workspace, config))]
-    layers += [(f"plugin {ref}", _layer(p, reading.base)) for ref, p in filter(None, plugins)]
-    layers += [(f"profile {profile_name}", _layer(profile, reading.base))] if profile else []
-    layers += [(USER, _layer(config, reading.base)), (COMMAND_LINE, _layer(command, reading.base))]
+    layers += [(origin, _layer(model, reading.base, whose)) for origin, model, whose in said]
+    layers += [(COMMAND_LINE, _layer(command, reading.base))]
     values, origins = merge(layers)
-    return Loaded(workspace, _settings(values, origins), origins, tuple(reading.files), tuple(reading.absent))
+    return Loaded(
+        workspace,
+        _settings(values, origins),
+        origins,
+        tuple(reading.files),
+        tuple(reading.absent),
+        plugins=tuple(_used(found, plugin) for found, plugin in used),
+        unserved=_unserved([(origin, model) for origin, model, _ in said], reading.base),
+        lasting=reading.lasting,
+    )
+
+
+def load_plugin(workspace: Path, ref: str, sources: Sources) -> tuple[plugins.Found, Plugin]:
+    """One plugin, whether the workspace uses it or not. Raises ConfigError with every fault of it."""
+    reading = _Reading(workspace.resolve(), sources)
+    base = reading.user().get("base")
+    reading.base = base if base in schema.BASES else "debian"
+    reading.faults.clear()  # of the workspace's own config, which is not asked for
+    reading.user_label = "plugin"
+    if fault := fields.plugin_fault(ref):
+        raise ConfigError(fault)
+    found = next(iter(reading.used([ref])), None)
+    if found is None or reading.faults:
+        raise ConfigError(f"the plugin {shown(ref)} cannot be used", faults=reading.faults)
+    return found
 
 
 def user_settings(path: Path) -> schema.UserSettings:
     """The user's settings.toml. Raises one ConfigError with every fault of it."""
-    reading = _Reading(Path(os.devnull))  # no workspace: the file is called by its whole path
+    reading = _Reading(Path(os.devnull), Sources())  # no workspace: the file is called by its whole path
     data = reading.toml(path)
     found = None if data is None else reading.check(schema.UserSettings, data, reading.label(path))
     if found is None:
@@ -79,36 +127,60 @@ def _error(faults: Iterable[str]) -> ConfigError:
 class _Reading:
     """Files read so far and every fault found on the way; nothing here raises for bad input."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, workspace: Path, sources: Sources) -> None:
         self.workspace = workspace
+        self.sources = sources
         self.base: str = "debian"
         self.files: list[Path] = []
         self.absent: list[Path] = []  # a file that appeared there would be read instead of another one
         self.faults: list[str] = []
-        self.user_label = self.label(workspace / paths.CONFIG_DIR / paths.CONFIG_FILE)
+        self.lasting = True
+        self.user_file = USER
+        self.user_label = self.label(workspace / paths.CONFIG_DIR / USER)
+
+    def user(self) -> Mapping[str, Any]:
+        """The user's own config, in TOML or else in Nix; empty after a fault."""
+        path, nix = (self.workspace / paths.CONFIG_DIR / name for name in (USER, paths.NIX_CONFIG_FILE))
+        if path.exists() or not nix.is_file():
+            return self.toml(path) or {}
+        self.absent.append(path)
+        self.user_file, self.user_label = nix.name, self.label(nix)
+        return self.nix(self.sources.config, nix, self.user_label) or {}
+
+    def nix(self, evaluate: Callable[[Path], Mapping[str, Any]], path: Path, label: str) -> Mapping[str, Any] | None:
+        """What Nix makes of a file; None after a fault."""
+        self.lasting = False  # it may ask for what is in no file
+        try:
+            data = plugins.evaluated(evaluate, path)
+        except PluginFault as fault:
+            self.faults.append(f"{label}: {fault}")
+            return None
+        packages = data.get("packages")  # in that language they are attributes of nixpkgs, whatever the base is
+        return {**data, "packages": {"nixpkgs": packages}} if isinstance(packages, list) else data
 
     def label(self, path: Path) -> str:
         """How a file is called in a fault: relative to the workspace if it lies inside."""
         return str(path.relative_to(self.workspace) if path.is_relative_to(self.workspace) else path)
 
-    def toml(self, path: Path) -> dict[str, Any] | None:
-        """The parsed file; None after a fault."""
+    def toml(self, path: Path, label: str | None = None) -> dict[str, Any] | None:
+        """The parsed file, which faults call `label`; None after a fault."""
+        label = label or self.label(path)
         try:
             text = path.read_bytes().decode()
             if path not in self.files:
                 self.files.append(path)
             return tomllib.loads(text)
         except OSError as error:
-            self.faults.append(f"{self.label(path)}: cannot be read: {error.strerror}")
+            self.faults.append(f"{label}: cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            self.faults.append(f"{self.label(path)}: line {line}: is not valid UTF-8 text")
+            self.faults.append(f"{label}: line {line}: is not valid UTF-8 text")
         except RecursionError:
-            self.faults.append(f"{self.label(path)}: is nested too deeply")
+            self.faults.append(f"{label}: is nested too deeply")
         except tomllib.TOMLDecodeError as error:
-            self.faults.append(f"{self.label(path)}: {_syntax_fault(text, str(error))}")
+            self.faults.append(f"{label}: {_syntax_fault(text, str(error))}")
         except ValueError:
-            self.faults.append(f"{self.label(path)}: holds a number of more digits than can be read")
+            self.faults.append(f"{label}: holds a number of more digits than can be read")
         return None
 
     def check(self, model: type[M], data: Mapping[str, Any], label: str) -> M | None:
@@ -129,23 +201,45 @@ class _Reading:
         self.faults += [f"{_option(fault, overrides)}: {fault.message}" for fault in faults]
         return found
 
-    def plugin(self, index: int, ref: object) -> tuple[str, Plugin] | None:
-        """The plugin that entry `index` of `plugins` means; an entry that is malformed is a fault already."""
-        if not isinstance(ref, str) or not schema.is_plugin_ref(ref):
-            return None
-        home = paths.plugins_dir()
-        # Without a home directory `~` stays as it is, and the file is not found.
-        place = self.workspace / _expand(ref) if schema.is_plugin_path(ref) else home / ref
-        path = place / "plugin.toml"
-        if not path.is_file():
-            known = [p.parent.name for p in home.glob("*/plugin.toml")]
-            close = "" if schema.is_plugin_path(ref) else schema.near(ref, known)
-            where = f"{self.label(path)} is not there"
-            self.faults.append(f"{self.user_label}: plugins[{index}]: no plugin {shown(ref)}{close}: {where}")
-            return None
-        data = self.toml(path)
-        found = None if data is None else self.check(Plugin, data, self.label(path))
-        return (ref, found) if found else None
+    def used(self, refs: Sequence[Any]) -> Iterator[tuple[plugins.Found, Plugin] | None]:
+        """The plugins that `plugins` means; an entry that is malformed is a fault already."""
+        good = {i: ref for i, ref in enumerate(refs) if fields.is_plugin_ref(ref)}
+        pinned = [ref for ref in good.values() if ref.startswith("github:")]
+        where = self.sources.pinned(pinned) if pinned else {}
+        if pinned:
+            self.files.append(self.workspace / paths.CONFIG_DIR / paths.LOCK_FILE)  # it says which revisions they are
+        names: dict[str, plugins.Found] = {}
+        for i, ref in good.items():
+            try:
+                found = plugins.find(ref, self.workspace, where)
+            except PluginFault as fault:
+                self.faults.append(f"{self.user_label}: plugins[{i}]: {fault}")
+                continue
+            other = names.setdefault(found.name, found)
+            if other.source != found.source:
+                words = f"{shown(ref)} is called `{found.name}`, as {shown(other.ref)} is"
+                self.faults.append(f"{self.user_label}: plugins[{i}]: {words}")
+            plugin = self.plugin(found)
+            yield (found, plugin) if plugin is not None else None
+
+    def plugin(self, found: plugins.Found) -> Plugin | None:
+        """What a plugin says; None after a fault."""
+        label = self.label(found.source / found.file.name)
+        if found.file.name == plugins.NIX:
+            data = self.nix(self.sources.plugin, found.file, label)
+        else:
+            data = self.toml(found.file, label)
+        plugin = None if data is None else self.check(Plugin, data, label)
+        for i, command in enumerate(plugin.commands if plugin else ()):
+            run = command.run or f"commands/{command.name}"
+            program = found.directory / run
+            if not os.access(program, os.X_OK) or not program.is_file():
+                what = "is not there" if not program.exists() else "is no executable file (chmod +x)"
+                self.faults.append(f"{label}: commands[{i}].run: {run} {what}")
+        if plugin and plugin.commands and found.name in RESERVED:
+            words = f"`{found.name}` is nixbox's own command; call the plugin's directory otherwise"
+            self.faults.append(f"{label}: commands: {words}")
+        return plugin
 
     def profile(self, name: object, asked_by: str) -> Profile | None:
         """The profile `name` of the workspace or else of the user; `asked_by` is the field or option."""
@@ -157,20 +251,13 @@ class _Reading:
         self.absent += candidates[: candidates.index(path)] if path else []
         if path is None:
             known = sorted({p.stem for place in places for p in place.glob("*.toml")})
-            close = schema.near(name, known, most=3)
+            close = fields.near(name, known, most=3)
             label = asked_by if asked_by.startswith("--") else f"{self.user_label}: {asked_by}"
             where = " and ".join(self.label(place) for place in places)
             self.faults.append(f"{label}: no profile {shown(name)}{close}: looked for {name}.toml in {where}")
             return None
         data = self.toml(path)
         return None if data is None else self.check(Profile, data, self.label(path))
-
-
-def _expand(ref: str) -> Path:
-    try:
-        return Path(ref).expanduser()
-    except RuntimeError:
-        return Path(ref)
 
 
 def _plugin_refs(user: Mapping[str, Any]) -> list[Any]:
@@ -240,10 +327,28 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _layer(model: Config | Profile | Plugin, base: str, *, defaults: bool = False) -> dict[str, Any]:
-    """What a file says, as a layer; with `defaults` also what it leaves unsaid."""
+def _unserved(named: Iterable[tuple[str, Profile | Plugin | Config]], base: str) -> tuple[tuple[str, str], ...]:
+    """Who names packages for the other base only, and which."""
+    found = []
+    for origin, model in named:
+        table = model.packages
+        if isinstance(table, schema.PackageTable) and not getattr(table, base):
+            found += [(origin, name) for other in schema.BASES if other != base for name in getattr(table, other)]
+    return tuple(found)
+
+
+def _used(found: plugins.Found, plugin: Plugin) -> Used:
+    commands = tuple(Command(c.name, c.description, c.run or f"commands/{c.name}") for c in plugin.commands)
+    return Used(found.name, found.ref, found.directory, found.source, plugin.description, commands)
+
+
+def _layer(
+    model: Config | Profile | Plugin, base: str, plugin: str | None = None, *, defaults: bool = False
+) -> dict[str, Any]:
+    """What a file says, as a layer; with `defaults` also what it leaves unsaid. `plugin` is whose file it is."""
     tree = model.model_dump(by_alias=True, exclude_unset=not defaults)
     tree.pop("description", None)
+    tree.pop("commands", None)
     if "packages" in tree:
         tree["packages"] = schema.packages_for(tree["packages"], base)
     if "build" in tree:
@@ -254,6 +359,11 @@ def _layer(model: Config | Profile | Plugin, base: str, *, defaults: bool = Fals
         tree["mounts"] = [Mount(**mount) for mount in tree["mounts"]]
     if "ports" in tree:
         tree["ports"] = [Published(**port) for port in tree["ports"]]
+    if "seeds" in tree:
+        tree["seeds"] = [Seed(**{**seed, "exclude": tuple(seed.get("exclude", ()))}) for seed in tree["seeds"]]
+    for event, hooks in tree.get("hooks", {}).items():
+        tables = [{"run": hook} if isinstance(hook, str) else hook for hook in hooks]
+        tree["hooks"][event] = [Hook(plugin=plugin, **table) for table in tables]
     for name, value in tree.get("env", {}).items():
         entry = EnvEntry(name, from_host=value["from_host"]) if isinstance(value, dict) else EnvEntry(name, value)
         tree["env"][name] = entry
@@ -263,6 +373,7 @@ def _layer(model: Config | Profile | Plugin, base: str, *, defaults: bool = Fals
 def _defaults(workspace: Path, config: Config) -> dict[str, Any]:
     layer = _layer(Config(), "debian", defaults=True)
     layer |= {"name": default_name(workspace), "build": [], "build_network": False, "setup": None, "setup_env": False}
+    layer["requires_env"] = []
     if "mounts" in config.model_fields_set:
         layer["mounts"] = []  # the user's own list replaces the default one: it could not be taken away else
     return layer
@@ -295,85 +406,11 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         env=tuple(value for path, value in values.items() if path.startswith("env.")),
         scripts=with_origin("scripts"),
         hooks={event: tuple(values[f"hooks.{event}"]) for event in schema.EVENTS},
+        seeds=tuple(values["seeds"]),
+        requires_env=with_origin("requires_env"),
+        ld_libraries=tuple(values["ld_libraries"]),
         debian_mirror=values["debian.mirror"],
         debian_security_mirror=values["debian.security_mirror"],
         suite=values["debian.suite"],
         accelerator=values["machine.accelerator"],
     )
-
-
-# --- showing ---------------------------------------------------------------------------------------------
-
-
-def to_json(loaded: Loaded) -> dict[str, Any]:
-    """`{"settings": …, "origins": …}`: fields as in config.toml, sizes in MiB, literals in `env` masked."""
-    return {"settings": _tree(loaded.settings), "origins": dict(loaded.origins)}
-
-
-def _tree(settings: Settings) -> dict[str, Any]:
-    """The settings in the shape of config.toml, free of secrets."""
-    env = {e.name: {"from_host": e.from_host} if e.from_host else HIDDEN for e in settings.env}
-    return {
-        "name": settings.name,
-        "profile": settings.profile,
-        "base": settings.base,
-        "plugins": list(settings.plugins),
-        "packages": list(settings.packages),
-        "build": [script for _, script in settings.build],
-        "build_network": settings.build_network,
-        "setup": settings.setup,
-        "setup_env": settings.setup_env,
-        "scripts": [script for _, script in settings.scripts],
-        "resources": {
-            "vcpus": settings.vcpus,
-            "memory": settings.memory_mib,
-            "disk": settings.disk_mib,
-            "return_memory": settings.return_memory,
-        },
-        "mounts": [dataclasses.asdict(mount) for mount in settings.mounts],
-        "network": {
-            "mode": settings.network_mode,
-            "domains": list(settings.domains),
-            "ports": list(settings.ports),
-            "allow_private": settings.allow_private,
-        },
-        "ports": [dataclasses.asdict(port) for port in settings.published],
-        "env": env,
-        "hooks": {event: list(commands) for event, commands in settings.hooks.items()},
-        "debian": {
-            "mirror": settings.debian_mirror,
-            "security_mirror": settings.debian_security_mirror,
-            "suite": settings.suite,
-        },
-        "machine": {"accelerator": settings.accelerator},
-    }
-
-
-def render(loaded: Loaded) -> str:
-    """One line per field for people, "field = value   # origin", literal `env` values masked."""
-    tree = _tree(loaded.settings)
-    tree["resources"] |= {
-        "memory": schema.format_size(loaded.settings.memory_mib),
-        "disk": schema.format_size(loaded.settings.disk_mib),
-    }
-    env = {f"env.{name}": value for name, value in tree.pop("env").items()}
-    rows: list[tuple[str, str]] = []
-    for path, value in (flatten(tree) | env).items():
-        entries = {f"{path}[{i}]": entry for i, entry in enumerate(value)} if isinstance(value, list) else {}
-        rows += [(leaf, f"{leaf} = {_shown_value(v)}") for leaf, v in (entries or {path: value}).items()]
-    width = min(60, max(len(text) for _, text in rows))
-    return "\n".join(f"{text:<{width}}   # {loaded.origins[path]}" for path, text in rows)
-
-
-def _shown_value(value: object) -> str:
-    """A value nearly as TOML writes it; of a script only the first line."""
-    if value is None:
-        return "(unset)"
-    if value == HIDDEN:
-        return HIDDEN
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_shown_value(entry)}" for key, entry in value.items()) + " }"
-    if isinstance(value, str) and "\n" in value.strip():
-        lines = value.strip().splitlines()
-        return f"{json.dumps(lines[0], ensure_ascii=False)} … ({len(lines)} lines)"
-    return json.dumps(value, ensure_ascii=False)

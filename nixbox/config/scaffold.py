@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from nixbox import paths
-from nixbox.config import names, schema
+from nixbox.config import fields, names, schema
 from nixbox.errors import ConfigError
 
 # `#word` is an option to uncomment, `# word` is prose. Defaults are filled in from the models.
@@ -26,7 +29,8 @@ ${base}
 # or profiles/dev.toml in ~/.config/nixbox. By default there is none.
 #profile = "dev"
 
-# Plugins by name, or by directory: "./tools/my-plugin".
+# Plugins by name, by directory ("./tools/my-plugin"), or from GitHub ("github:owner/repo/subdir@v1"):
+# `nixbox plugin list` shows those that are here.
 #plugins = []
 
 # Packages in the image; or for each base: packages = { debian = ["jq"], nixpkgs = ["jq"] }
@@ -34,6 +38,13 @@ ${base}
 
 # Shell scripts that run in the guest on every `nixbox up`, in order.
 #scripts = []
+
+# Directories of this host that the guest gets a copy of, on its own disk: caches, for one. By default none.
+# [{ source = "~/.npm", target = "~/.npm", exclude = ["*.tmp"] }]
+#seeds = []
+
+# Attributes of nixpkgs whose libraries programs from elsewhere find; for base = "nixpkgs" only.
+#ld_libraries = []
 
 # Ports of the guest that this host's loopback has as well: [{ host = 8080, guest = 80 }]
 #ports = []
@@ -67,7 +78,8 @@ ${base}
 #EDITOR = "vi"
 #API_TOKEN = { from_host = "API_TOKEN" }
 
-# Commands that run on this host, in the workspace, around `nixbox up` and `nixbox down`.
+# Commands that run on this host, in the workspace, around `nixbox up` and `nixbox down`. One that fails is told and
+# passed over; `up` or `down` fails with { run = "make check", required = true }.
 [hooks]
 #pre-up = []
 #post-up = []
@@ -89,8 +101,10 @@ _GITIGNORE = """\
 # What belongs in git; the rest (machines, their disks and keys) does not.
 /*
 !/.gitignore
+!/config.nix
 !/config.toml
 !/nixbox.lock
+!/plugins/
 !/profiles/
 """
 
@@ -101,7 +115,80 @@ def init(directory: Path, *, name: str | None = None, base: str = "debian") -> P
     A `.gitignore` that is there already stays as it is. Raises ConfigError for a bad name or base, when there
     is a config.toml already, and when a file cannot be written.
     """
-    text = config_text(name=name, base=base)
+    return _make(directory, config_text(name=name, base=base))
+
+
+def from_nix(directory: Path, data: Mapping[str, Any], origin: str = "config.nix") -> Path:
+    """Make `directory` a workspace with what `image.nixeval.config` gave, and return the path of its config.toml.
+
+    `origin` is what the file's first comment calls the source. Raises ConfigError as `init` does, and with every
+    fault of the data before anything is written.
+    """
+    base = str(data.get("base", schema.Config().base))
+    found, faults = schema.validate(schema.Config, data, base)
+    if found is None:
+        count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+        lines = [f"{origin}: {fault}" for fault in faults]
+        raise ConfigError(f"{origin} has {count}", "mend it there, and convert it again", lines)
+    text = _converted_text(data, origin)
+    if tomllib.loads(text) != data:
+        raise ConfigError(f"{origin} holds text that config.toml cannot", hint="write the config.toml by hand")
+    return _make(directory, text)
+
+
+_CONVERTED = """\
+nixbox: the sandbox of this directory, converted from {origin} by `nixbox init --from`.
+Conditions are as they came out on that day and host. No secret is here: a variable of the host is named by from_host,
+and its value is read at each `nixbox up`.
+`nixbox config` shows the result; `nixbox init` in an empty directory writes a file that shows every field."""
+
+
+def _converted_text(data: Mapping[str, Any], origin: str) -> str:
+    import tomlkit  # 40 ms that nothing else here pays
+
+    document = tomlkit.document()
+    for line in _CONVERTED.format(origin=ascii(origin)[1:-1]).splitlines():
+        document.add(tomlkit.comment(line))
+    document.add(tomlkit.nl())
+    said = {name: data[name] for name in schema.Config.model_fields if data.get(name) not in (None, [], {})}
+    tables = {name: value for name, value in said.items() if isinstance(value, Mapping) and name != "packages"}
+    # Plain fields first: in TOML what follows a table's header belongs to the table.
+    for name, value in said.items():
+        if name not in ("mounts", *tables):
+            document.add(name, _toml(value))
+    for name, value in tables.items():
+        table = tomlkit.table()
+        for key, entry in value.items():
+            table.add(key, _toml(entry))
+        document.add(name, table)
+    if "mounts" in said:
+        mounts = tomlkit.aot()
+        for mount in said["mounts"]:
+            mounts.append(tomlkit.item(dict(mount)))
+        document.add("mounts", mounts)
+    return tomlkit.dumps(document)
+
+
+def _toml(value: Any) -> Any:
+    """A value as a person would write it: a script over several lines, a long list with a line for each entry."""
+    import tomlkit
+
+    if isinstance(value, str):
+        return tomlkit.string(value, multiline="\n" in value.strip("\n") and "\r" not in value)
+    if isinstance(value, Mapping):
+        table = tomlkit.inline_table()
+        for name, entry in value.items():
+            table.append(name, entry if isinstance(entry, bool | int) else _toml(entry))
+        return table
+    if isinstance(value, list):
+        entries = [_toml(entry) for entry in value]
+        array = tomlkit.array()
+        array.extend(entries)
+        return array.multiline(len(entries) > 1 and len(array.as_string()) > 80)
+    return value
+
+
+def _make(directory: Path, text: str) -> Path:
     place = directory / paths.CONFIG_DIR
     config, ignore = place / paths.CONFIG_FILE, place / ".gitignore"
     try:
@@ -125,7 +212,7 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         names.check_name(name, "machine name")
     if base not in schema.BASES:
         raise ConfigError(
-            f"{names.shown(base)} is not a base{schema.near(base, schema.BASES)}",
+            f"{names.shown(base)} is not a base{fields.near(base, schema.BASES)}",
             hint=f"the bases are {' and '.join(schema.BASES)}",
         )
     default = schema.Config()
@@ -135,8 +222,8 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         base=f"{'#' if base == default.base else ''}base = {json.dumps(base)}",
         vcpus=default.resources.vcpus,
         return_memory=str(default.resources.return_memory).lower(),
-        memory=schema.format_size(default.resources.memory),
-        disk=schema.format_size(default.resources.disk),
+        memory=fields.format_size(default.resources.memory),
+        disk=fields.format_size(default.resources.disk),
         mount_source=mount.source,
         mount_target=mount.target,
         mount_readonly=json.dumps(mount.readonly),

@@ -6,29 +6,40 @@ naming. Pydantic stays inside this module; callers see models, `validate` and `F
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, time
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
-from nixbox.config.names import name_fault, shown
+from nixbox.config.fields import (
+    DebianPackage,
+    Disk,
+    Domain,
+    EnvName,
+    GuestPath,
+    HostPath,
+    ListedPackage,
+    Memory,
+    Mirror,
+    Name,
+    NixPackage,
+    NoNul,
+    PluginRef,
+    Port,
+    Program,
+    Script,
+    Size,
+    Suite,
+    between,
+    near,
+    shape,
+)
+from nixbox.config.names import shown
 from nixbox.config.settings import TEMPLATE_LIMIT_MIB
 
 Base = Literal["debian", "nixpkgs"]
@@ -36,196 +47,6 @@ NetworkMode = Literal["off", "filtered", "open"]
 Accelerator = Literal["auto", "kvm", "hvf", "tcg"]
 BASES: tuple[Base, ...] = get_args(Base)
 EVENTS = ("pre-up", "post-up", "pre-down", "post-down")
-
-_SIZE = re.compile(r"([0-9]{1,12}) ?(M|MiB|G|GiB)?", re.IGNORECASE)
-_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
-_PACKAGE: Mapping[str, tuple[re.Pattern[str], str]] = {
-    "debian": (
-        re.compile(r"[a-z0-9][a-z0-9+.-]+"),
-        "a Debian package name (two or more of lower-case letters, digits, `+`, `-` and `.`)",
-    ),
-    "nixpkgs": (
-        re.compile(r"[A-Za-z_][A-Za-z0-9_'.+-]*"),
-        "a nixpkgs attribute (such as `jq` or `python3Packages.requests`)",
-    ),
-}
-
-
-# --- words -----------------------------------------------------------------------------------------------
-
-
-def near(name: str, known: Iterable[str], most: int = 1) -> str:
-    """ " (did you mean `x`?)" for up to `most` known names that are like `name`; "" when none is."""
-    close = difflib.get_close_matches(name, list(known), n=most)
-    return f" (did you mean {' or '.join(map(shown, close))}?)" if close else ""
-
-
-# --- names, sizes and other scalars ----------------------------------------------------------------------
-
-
-def parse_size(value: object, *, least_mib: int = 1) -> int:
-    """A size in MiB from "512MiB", "2GiB", "2G" or a whole number of MiB; units are binary.
-
-    Raises ValueError that says what is accepted, also for less than `least_mib` MiB.
-    """
-    match = _SIZE.fullmatch(str(value)) if isinstance(value, int | str) else None
-    if match is None:
-        given = f"{shown(value)} is not a size" if isinstance(value, str) else "must be a size"
-        raise ValueError(f'{given}: write "512MiB", "2GiB" (also 512M, 2G) or a whole number of MiB')
-    mib = int(match[1]) * (1024 if (match[2] or "M")[0] in "gG" else 1)
-    if mib < least_mib:
-        raise ValueError(f"{format_size(mib)} is too little: at least {format_size(least_mib)} is needed")
-    return mib
-
-
-def format_size(mib: int) -> str:
-    """`mib` MiB as `parse_size` reads it back: "2GiB" or "1536MiB"."""
-    return f"{mib // 1024}GiB" if mib and mib % 1024 == 0 else f"{mib}MiB"
-
-
-def _check_name_field(value: str) -> str:
-    if fault := name_fault(value):
-        raise ValueError(fault)
-    return value
-
-
-def _matching(pattern: str, wanted: str) -> AfterValidator:
-    """Accept text that `pattern` matches whole (`$` alone would let a newline through)."""
-    compiled = re.compile(pattern)
-
-    def check(value: str) -> str:
-        if not compiled.fullmatch(value):
-            raise ValueError(f"{shown(value)} is not {wanted}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _between(least: int, most: int) -> AfterValidator:
-    def check(value: int) -> int:
-        if not least <= value <= most:
-            raise ValueError(f"{value} is out of range: a whole number from {least} to {most} is needed")
-        return value
-
-    return AfterValidator(check)
-
-
-def _check_no_nul(value: str) -> str:
-    # The value is not repeated in the message: it may be a secret.
-    if "\0" in value:
-        raise ValueError("holds a NUL character, which no variable, script or file name can carry")
-    return value
-
-
-def _check_env_name(value: str) -> str:
-    # Not repeated either: a secret put where its variable's name belongs must not end in a log.
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        raise ValueError("is not a variable name: use letters, digits and `_`, and no digit first")
-    return value
-
-
-def _check_url(value: str) -> str:
-    wanted = "is not a mirror: write an http, https or file URL such as `http://mirror.example/debian`"
-    try:
-        url = urlsplit(value)
-    except ValueError:
-        raise ValueError(f"{shown(value)} {wanted}") from None
-    # It becomes a line of an apt source list, where blanks and brackets have a meaning of their own.
-    clean = re.fullmatch(r"[!-~]+", value) is not None and not set(value) & set('[]<>"`\\#')
-    place = url.path.startswith("/") if url.scheme == "file" else bool(url.hostname)
-    if url.scheme not in ("http", "https", "file") or not clean or not place:
-        raise ValueError(f"{shown(value)} {wanted}")
-    return value
-
-
-def _check_host_path(value: str) -> str:
-    if not value or any(ord(c) < 32 or c == "\x7f" for c in value):
-        raise ValueError(f"{shown(value)} is not a path: it is empty or holds control characters")
-    return value
-
-
-def _check_target(value: str) -> str:
-    if not value.startswith(("/", "~/")) or ".." in value.split("/"):
-        raise ValueError(f"{shown(value)} is not a place in the guest: start with `/` or `~/`, without `..`")
-    return value
-
-
-def is_plugin_path(value: str) -> bool:
-    """Whether a plugin is meant by its directory, not by its name."""
-    return value.startswith(("./", "../", "/", "~"))
-
-
-def _check_plugin(value: str) -> str:
-    if value.startswith("github:"):
-        raise ValueError(f"{shown(value)}: plugins from GitHub are not in this version yet")
-    if is_plugin_path(value):
-        return _check_host_path(value)
-    if fault := name_fault(value):
-        raise ValueError(f"{fault}; a plugin's directory starts with `./`, `/` or `~`")
-    return value
-
-
-def guest_path_fault(value: str) -> str | None:
-    """What is wrong with a place in the guest, or None."""
-    try:
-        _check_target(_check_host_path(value))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def domain_fault(value: str) -> str | None:
-    """What is wrong with a domain, or None."""
-    if re.fullmatch(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", value):
-        return None
-    wanted = "a domain such as `example.org` or `*.example.org` (subdomains are covered either way; no URL)"
-    return f"{shown(value)} is not {wanted}"
-
-
-def _check_domain(value: str) -> str:
-    if fault := domain_fault(value):
-        raise ValueError(fault)
-    return value
-
-
-def is_plugin_ref(value: object) -> bool:
-    """Whether `value` is well-formed as an entry of `plugins`."""
-    try:
-        return isinstance(value, str) and _check_plugin(value) == value
-    except ValueError:
-        return False
-
-
-def _check_package(base: str, value: str) -> str:
-    pattern, wanted = _PACKAGE[base]
-    if not pattern.fullmatch(value):
-        raise ValueError(f"{shown(value)} is not {wanted}")
-    return value
-
-
-def _check_listed_package(value: str, info: ValidationInfo) -> str:
-    return _check_package((info.context or {}).get("base", "debian"), value)
-
-
-def _shape(value: object) -> str:
-    return "table" if isinstance(value, dict | BaseModel) else "plain"
-
-
-NoNul = AfterValidator(_check_no_nul)
-Name = Annotated[str, AfterValidator(_check_name_field)]
-Size = Annotated[int, BeforeValidator(parse_size)]
-Memory = Annotated[int, BeforeValidator(lambda value: parse_size(value, least_mib=128))]
-Disk = Annotated[int, BeforeValidator(lambda value: parse_size(value, least_mib=256))]
-Script = Annotated[str, NoNul]
-EnvName = Annotated[str, AfterValidator(_check_env_name)]
-HostPath = Annotated[str, AfterValidator(_check_host_path)]
-GuestPath = Annotated[HostPath, AfterValidator(_check_target)]
-Domain = Annotated[str, AfterValidator(_check_domain)]
-Port = Annotated[int, _between(1, 65535)]
-PluginRef = Annotated[str, AfterValidator(_check_plugin)]
-Mirror = Annotated[str, AfterValidator(_check_url)]
-Suite = Annotated[str, _matching(r"[a-z][a-z0-9-]*", "a Debian suite such as `trixie`")]
-
 
 # --- models ----------------------------------------------------------------------------------------------
 
@@ -240,15 +61,14 @@ class _Model(BaseModel):
 class PackageTable(_Model):
     """Packages for each base."""
 
-    debian: list[Annotated[str, AfterValidator(lambda value: _check_package("debian", value))]] = []
-    nixpkgs: list[Annotated[str, AfterValidator(lambda value: _check_package("nixpkgs", value))]] = []
+    debian: list[DebianPackage] = Field(default=[], description="Names of Debian packages.")
+    nixpkgs: list[NixPackage] = Field(default=[], description="Attributes of nixpkgs.")
 
 
 # A plain list is meant for whichever base the config chooses; `validate` says which one that is.
 Packages = Annotated[
-    Annotated[list[Annotated[str, AfterValidator(_check_listed_package)]], Tag("plain")]
-    | Annotated[PackageTable, Tag("table")],
-    Discriminator(_shape),
+    Annotated[list[ListedPackage], Tag("plain")] | Annotated[PackageTable, Tag("table")],
+    Discriminator(shape),
 ]
 
 
@@ -258,18 +78,18 @@ class Resources(_Model):
     `return_memory`: memory that the guest frees goes back to the host, and the machine shares none with others.
     """
 
-    vcpus: Annotated[int, _between(1, 256)] = 2
+    vcpus: Annotated[int, between(1, 256)] = 2
     memory: Memory = 2048
     disk: Disk = 10240
     return_memory: bool = False
 
 
 class MountTable(_Model):
-    """A host directory (relative to the workspace) and where the guest sees it."""
+    """A directory of the host that the guest sees."""
 
-    source: HostPath
-    target: GuestPath
-    readonly: bool = False
+    source: HostPath = Field(description="A directory of the host: `~/…`, absolute, or relative to the workspace.")
+    target: GuestPath = Field(description="Where the guest sees it: `~/…` or absolute.")
+    readonly: bool = Field(default=False, description="true: the guest cannot change it.")
 
 
 class PortTable(_Model):
@@ -294,16 +114,39 @@ class FromHost(_Model):
     from_host: EnvName
 
 
-EnvValue = Annotated[Annotated[str, NoNul, Tag("plain")] | Annotated[FromHost, Tag("table")], Discriminator(_shape)]
+EnvValue = Annotated[Annotated[str, NoNul, Tag("plain")] | Annotated[FromHost, Tag("table")], Discriminator(shape)]
+
+
+class HookTable(_Model):
+    """An entry of [hooks] that says more than its shell command."""
+
+    run: Script = Field(description="A shell command.")
+    required: bool = Field(default=False, description="true: if it fails, `up` or `down` fails as well.")
+
+
+HookEntry = Annotated[
+    Annotated[Script, Tag("plain")] | Annotated[HookTable, Tag("table")],
+    Discriminator(shape),
+]
 
 
 class Hooks(_Model):
-    """Host commands around `up` and `down`."""
+    """Shell commands that run on the host, in the workspace; a plugin's come before the user's own."""
 
-    pre_up: list[Script] = Field(default=[], alias="pre-up")
-    post_up: list[Script] = Field(default=[], alias="post-up")
-    pre_down: list[Script] = Field(default=[], alias="pre-down")
-    post_down: list[Script] = Field(default=[], alias="post-down")
+    pre_up: list[HookEntry] = Field(default=[], alias="pre-up", description="Before `nixbox up` starts anything.")
+    post_up: list[HookEntry] = Field(default=[], alias="post-up", description="When it is up, at every `nixbox up`.")
+    pre_down: list[HookEntry] = Field(default=[], alias="pre-down", description="Before it is stopped.")
+    post_down: list[HookEntry] = Field(default=[], alias="post-down", description="When it is stopped.")
+
+
+class SeedTable(_Model):
+    """A directory of the host that the guest gets a copy of, on its own disk: a cache, for one."""
+
+    source: HostPath = Field(description="A directory of the host: `~/…`, absolute, or relative to the workspace.")
+    target: GuestPath = Field(description="Where the guest has it: `~/…` or absolute.")
+    exclude: list[HostPath] = Field(default=[], description="Patterns of what to leave out.")
+    sentinel: GuestPath | None = Field(default=None, description="The guest's file that says it is done.")
+    on_up: bool = Field(default=True, description="false: only `nixbox seed` and commands seed it, not `nixbox up`.")
 
 
 class Debian(_Model):
@@ -335,6 +178,8 @@ class Config(_Model):
     ports: list[PortTable] = []
     env: dict[EnvName, EnvValue] = {}
     hooks: Hooks = Hooks()
+    seeds: list[SeedTable] = []
+    ld_libraries: list[NixPackage] = []
     debian: Debian = Debian()
     machine: MachineTable = MachineTable()
 
@@ -369,27 +214,56 @@ class UserSettings(_Model):
     templates: TemplateSettings = TemplateSettings()
 
 
-def _not_yet(what: str) -> str:
-    return f"this version of nixbox cannot {what} in a plugin yet"
+class PluginNetwork(_Model):
+    """What the plugin's tools have to reach, in mode `filtered`, which is the user's own to choose."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "mode": "a plugin cannot choose the mode; the user does, in config.toml, [network]",
+        "allow_private": "a plugin cannot open private addresses; the user does, in config.toml, [network]",
+    }
+
+    domains: list[Domain] = Field(default=[], description="Domains, with their subdomains.")
+    ports: list[Port] = Field(default=[], description="TCP ports; if nobody names any, they are 80 and 443.")
+
+
+class CommandTable(_Model):
+    """A program on the host that `nixbox PLUGIN NAME [ARGS…]` runs."""
+
+    name: Name = Field(description="What it is called.")
+    description: str = Field(default="", description="One line for `nixbox --help`.")
+    run: Program | None = Field(
+        default=None, description="An executable in the plugin's directory, in any language; else `commands/NAME`."
+    )
 
 
 class Plugin(_Model):
-    """A minimal `plugin.toml`."""
+    """`plugin.toml`: what a plugin adds to a workspace."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        "commands": _not_yet("offer host-side commands"),
-        "env": "a plugin cannot set variables: secrets are always named in the user's own config.toml, [env]",
-        "hooks": _not_yet("run hooks"),
-        "mounts": _not_yet("mount directories"),
-        "network": _not_yet("allow domains or ports"),
-        "requires_env": _not_yet("require variables"),
-        "seeds": _not_yet("seed caches"),
+        "env": "a plugin cannot set variables: secrets are always named in the user's own config.toml, [env]; "
+        "say which the plugin needs with requires_env",
+        "resources": "a plugin does not shape the machine: config.toml does, [resources]",
+        "setup": "a plugin has no first-boot setup: a profile has; `scripts` run at every `up`",
+        "ports": "a plugin publishes no ports: config.toml does",
     }
 
-    description: str = ""
-    packages: Packages = []
-    build: Script | None = None
-    scripts: list[Script] = []
+    description: str = Field(default="", description="One line for `nixbox plugin list`.")
+    packages: Packages = Field(
+        default=[], description='What the image gets; or by base: { debian = ["jq"], nixpkgs = ["jq"] }.'
+    )
+    build: Script | None = Field(
+        default=None, description="A shell script in the image's build, as its root, without network."
+    )
+    scripts: list[Script] = Field(default=[], description="Shell scripts in the guest, at every `nixbox up`.")
+    requires_env: list[EnvName] = Field(default=[], description="Variables that config.toml has to name, in [env].")
+    network: PluginNetwork = Field(default=PluginNetwork(), description="What its tools have to reach.")
+    mounts: list[MountTable] = Field(default=[], description="Directories of the host that the guest sees.")
+    hooks: Hooks = Field(default=Hooks(), description="Shell commands on the host.")
+    seeds: list[SeedTable] = Field(default=[], description="Directories of the host that the guest gets a copy of.")
+    commands: list[CommandTable] = Field(default=[], description="Programs on the host: `nixbox PLUGIN NAME`.")
+    ld_libraries: list[NixPackage] = Field(
+        default=[], description="nixpkgs attributes whose libraries foreign programs find; for that base only."
+    )
 
 
 # --- validation ------------------------------------------------------------------------------------------

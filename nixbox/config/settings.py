@@ -34,6 +34,54 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Seed:
+    """A directory of the host (as written: relative to the workspace, or with `~`) that the guest gets a copy of.
+
+    `exclude` are patterns of what is left out, `sentinel` the guest's file that says that it is done (None: one of
+    nixbox's own), `on_up`: `up` seeds it, and not only `nixbox seed`.
+    """
+
+    source: str
+    target: str
+    exclude: tuple[str, ...] = ()
+    sentinel: str | None = None
+    on_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A shell command for the host; `required`: what it belongs to fails with it. `plugin`: whose it is, if one's."""
+
+    run: str
+    required: bool = False
+    plugin: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program of a plugin for the host: `nixbox PLUGIN NAME`. `run` is its path in the plugin's directory."""
+
+    name: str
+    description: str
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """A plugin that the config uses: `ref` as written there, `name` as commands call it, and where its files are.
+
+    `directory` is what is read and run from, which for a plugin that guests could write is a copy of `source`.
+    """
+
+    name: str
+    ref: str
+    directory: Path
+    source: Path
+    description: str = ""
+    commands: tuple[Command, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EnvEntry:
     """A variable for the guest: a literal `value` or the host variable to take it from, never both."""
 
@@ -78,7 +126,10 @@ class Settings:
     published: tuple[Published, ...]
     env: tuple[EnvEntry, ...]
     scripts: tuple[tuple[str, str], ...]
-    hooks: Mapping[str, tuple[str, ...]]  # every event of schema.EVENTS is a key
+    hooks: Mapping[str, tuple[Hook, ...]]  # every event of schema.EVENTS is a key
+    seeds: tuple[Seed, ...]
+    requires_env: tuple[tuple[str, str], ...]  # (origin, name) pairs
+    ld_libraries: tuple[str, ...]  # nixpkgs attributes whose libraries foreign programs find; for that base only
     debian_mirror: str | None
     debian_security_mirror: str | None
     suite: str
@@ -89,7 +140,9 @@ class Settings:
 class Loaded:
     """Settings, the origin of each leaf field ("packages[0]": "profile dev"), and the files read.
 
-    A file that came to one of the places `absent` would be read instead of one of `files`.
+    A file that came to one of the places `absent` would be read instead of one of `files`. `lasting`: the same files
+    always come to the same settings, which is not so where Nix evaluated one of them. `unserved` are the packages
+    (origin, name) that are named for the other base only.
     """
 
     workspace: Path
@@ -97,6 +150,9 @@ class Loaded:
     origins: dict[str, str]
     files: tuple[Path, ...]
     absent: tuple[Path, ...] = ()
+    plugins: tuple[Used, ...] = ()
+    lasting: bool = True
+    unserved: tuple[tuple[str, str], ...] = ()
 
 
 def resolve_env(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from nixbox import paths, run
 from nixbox.errors import NixboxError
-from nixbox.image import store
+from nixbox.image import lockfile, store
 from nixbox.plan import nixexpr
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter, harmless
@@ -62,16 +62,16 @@ def key(spec: ImageSpec, lock_text: str) -> str:
     """What decides whether Nix must be asked at all: the lock, the build scripts, and every file of ours.
 
     It is finer than the derivation's own hash (any change here asks Nix, which then may find nothing to do),
-    and never coarser. Mirrors are not in it: they do not change the image.
+    and never coarser. Mirrors and pinned plugins are not in it: they do not change the image.
     """
     digest = hashlib.sha256()
     for file in sorted(paths.nix_dir().rglob("*")):
-        # flake/ is how other flakes come in, and no part of an image.
-        if file.is_file() and "flake" not in file.relative_to(paths.nix_dir()).parts:
+        # flake/ is how other flakes come in, eval/ how configs in Nix are read: neither is part of an image.
+        if file.is_file() and file.relative_to(paths.nix_dir()).parts[0] not in ("flake", "eval"):
             digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
-    digest.update(json.dumps([lock_text, scripts, spec.build_network]).encode())
+    digest.update(json.dumps([lockfile.image_part(lock_text), scripts, spec.build_network]).encode())
     return digest.hexdigest()[:32]
 
 

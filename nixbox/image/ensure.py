@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError
-from nixbox.image import build
+from nixbox.image import build, lockfile
 from nixbox.image.build import Image
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
@@ -20,9 +18,7 @@ from nixbox.report import Reporter
 _GUEST_NEEDS = {"dropbear-bin", "openssh-server", "e2fsprogs"}
 
 
-def lock_path(workspace: Path) -> Path:
-    """WORKSPACE/.nixbox/nixbox.lock."""
-    return workspace / paths.CONFIG_DIR / paths.LOCK_FILE
+lock_path = lockfile.path
 
 
 def stale(workspace: Path, spec: ImageSpec) -> str | None:
@@ -32,6 +28,8 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     """
     try:
         data = json.loads(lock_path(workspace).read_text())
+        if lockfile.only_pins(data):
+            return "there is no lock yet"
         suite, requested, base = data["suite"], sorted(data["requested"]), set(data["base_requested"])
     except FileNotFoundError:
         return "there is no lock yet"
@@ -69,6 +67,8 @@ def relock(
         old = None
     mirrors = apt.mirrors(mirror, security)
     new = resolve.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    with suppress(ConfigError):  # pins that cannot be read are resolved anew
+        new = new.model_copy(update={"plugins": tuple(lockfile.pins(path).values())})
     lock.save(new, path)
     return lock.changes(old, new).lines()
 
@@ -87,7 +87,7 @@ def ensure(
 
     `phase` is entered for each of the parts `lock` and `build`.
     """
-    with phase("lock"), _one_at_a_time(workspace):
+    with phase("lock"), lockfile.one_at_a_time(workspace):
         why = stale(workspace, spec)
         if why and locked:
             raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
@@ -109,17 +109,6 @@ def ensure(
         return _build(workspace, text, spec, image_key, mirror, security, reporter)
 
 
-@contextmanager
-def _one_at_a_time(workspace: Path) -> Iterator[None]:
-    """One command at a time may look at a workspace's lock and change it."""
-    fd = os.open(workspace / paths.CONFIG_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _build(
     workspace: Path,
     text: str,
@@ -136,6 +125,7 @@ def _build(
             "build_network needs root or a Nix daemon: in a store of your own Nix never lifts its sandbox",
             hint="on Debian: apt install nix-setup-systemd; or take build_network out of the profile",
         )
+    text = lockfile.image_part(text)  # all that the key was made of, and nothing else
     loaded = lock.parse(text, lock_path(workspace))
     build.roots_dir().mkdir(parents=True, exist_ok=True)
     path = build.roots_dir() / f"{image_key}.lock"

@@ -6,17 +6,18 @@ with the same bits serves.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nixbox import paths
 from nixbox.errors import ConfigError
+from nixbox.image import lockfile
+from nixbox.image.lockfile import Pin
 
-FORMAT: Literal[1] = 1
+FORMAT = lockfile.FORMAT
 Arch = Literal["amd64", "arm64"]
 Repo = Literal["debian", "security"]
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -61,6 +62,7 @@ class Lock(_Strict):
     base_packages: tuple[LockedPackage, ...]
     packages: tuple[LockedPackage, ...]
     host: tuple[LockedPackage, ...] = ()  # what the host runs for a machine: virtiofsd
+    plugins: tuple[Annotated[Pin, BeforeValidator(lockfile.pin)], ...] = ()  # from GitHub; no part of the image
 
     def all_packages(self) -> list[LockedPackage]:
         """Every .deb of the lock, each once, sorted by file."""
@@ -78,34 +80,22 @@ def load(path: Path) -> Lock:
 
 def parse(text: str, path: Path) -> Lock:
     """The lock that a text holds; `path` is what faults call it. Raises ConfigError naming every bad field."""
-    mend = "restore the file from version control, or delete it and run `nixbox lock`"
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", hint=mend) from None
-    if isinstance(data, dict) and data.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} has format {data.get('format')!r}; this nixbox reads format {FORMAT}",
-            hint="use the nixbox that wrote it, or delete it and run `nixbox lock`",
-        )
+    data = lockfile.parse(text, path)
+    if lockfile.only_pins(data):
+        raise ConfigError(f"{path} has plugins and no packages yet", hint="`nixbox lock` adds them")
     try:
         return Lock.model_validate(data)
     except ValidationError as error:
         faults = [f"{path.name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(f"{path} is damaged", hint=mend, faults=faults) from None
+        raise ConfigError(f"{path} is damaged", hint=lockfile.MEND, faults=faults) from None
 
 
 def dump(lock: Lock) -> str:
-    """The lock as text: one package a line, keys in a fixed order."""
-    data = lock.model_dump()
-    parts = []
-    for key, value in data.items():
-        if key in ("tools", "base_packages", "packages", "host"):
-            rows = ",\n".join("    " + json.dumps(row) for row in value)
-            parts.append(f'  "{key}": [\n{rows}\n  ]' if rows else f'  "{key}": []')
-        else:
-            parts.append(f'  "{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    """The lock as text: one package or plugin a line, keys in a fixed order."""
+    data = lock.model_dump(exclude={"plugins"})
+    if lock.plugins:
+        data["plugins"] = [pin.row for pin in lock.plugins]
+    return lockfile.render(data)
 
 
 def save(lock: Lock, path: Path) -> None:

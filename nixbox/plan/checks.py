@@ -1,4 +1,4 @@
-"""What this version cannot do yet is refused here, by name, before anything starts. Nothing is silently ignored."""
+"""What cannot be served is refused here, by name, before anything starts. Nothing is silently ignored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check(loaded: Loaded) -> None:
-    """Raise one ConfigError with every setting that this version cannot serve."""
+    """Raise one ConfigError with every setting that cannot be served, and every variable that a plugin misses."""
     settings = loaded.settings
     faults = []
 
@@ -25,14 +25,21 @@ def check(loaded: Loaded) -> None:
         refuse("base", 'this version has the `debian` base only; use base = "debian"')
     if settings.network_mode != "filtered":
         for field in ("domains", "ports"):
-            if getattr(settings, field):
+            of = [loaded.origins[f"network.{field}[{i}]"] for i in range(len(getattr(settings, field)))]
+            if not all(origin.startswith("plugin ") for origin in of):  # a plugin's are for whoever filters
                 refuse(f"network.{field}", f'only mode = "filtered" has any; the mode is "{settings.network_mode}"')
     hosts = [port.host for port in settings.published]
     for i, port in enumerate(hosts):
         if port in hosts[:i]:
             refuse(f"ports[{i}].host", f"port {port} of the host is taken by an earlier entry")
-    for event, commands in settings.hooks.items():
-        if commands:
-            refuse(f"hooks.{event}", "this version does not run hooks; remove them")
+    given = {entry.name for entry in settings.env}
+    for origin, name in settings.requires_env:
+        if name not in given:
+            mend = f'add {name} = {{ from_host = "{name}" }} there, or a literal that is no secret'
+            faults.append(f"env: {origin} needs the variable {name}: {mend}")
+    targets = [seed.target.rstrip("/") for seed in settings.seeds]
+    for i, target in enumerate(targets):
+        if target in targets[:i]:
+            refuse(f"seeds[{i}]", f"{target} is the target of an earlier one as well")
     if faults:
-        raise ConfigError("the config asks for what this version of nixbox cannot do", faults=faults)
+        raise ConfigError("the config asks for what cannot be done", faults=faults)

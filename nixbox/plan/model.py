@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from nixbox.config.settings import Mount
+    from nixbox.config.settings import Mount, Seed
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
 
@@ -108,6 +108,7 @@ class MachineSpec:
     network: Policy
     published: tuple[tuple[int, int], ...] = ()
     mounts: tuple[Mount, ...] = ()
+    seeds: tuple[Seed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,5 +36,6 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         network=Policy(settings.network_mode, settings.domains, settings.ports, settings.allow_private),
         published=tuple((port.host, port.guest) for port in settings.published),
         mounts=settings.mounts,
+        seeds=settings.seeds,
     )
     return Plan(image, spec)

@@ -5,49 +5,31 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import ConfigError, NotRunningError
+from nixbox.errors import ConfigError, NixboxError, NotRunningError
 from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Phases, Reporter
-from nixbox.session import finish, net, stop
+from nixbox.session import finish, hooks, net, stop, which
+from nixbox.session.outcome import Up
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
+    from nixbox.guest.seed import Seeded
     from nixbox.image.build import Image
     from nixbox.machine.accelerator import Choice
     from nixbox.machine.backend import Backend
     from nixbox.mounts.places import Place
     from nixbox.plan.model import Plan
-    from nixbox.session.begin import Begun, How
+    from nixbox.session.begin import Begun
     from nixbox.session.start import Start
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """What `up` did.
-
-    `how`: it was `running`, or was `booted`, `restored` from a template, `resumed` from its own saved state, or
-    `forked` from another machine. `template` is the stage that it was restored from (`ready` for a new machine,
-    `boot` for one with a disk), `made` whether that template was made just now. `phases` maps names to seconds.
-    """
-
-    name: str
-    how: How
-    image: Path
-    accelerator: str
-    setup: str
-    failed_scripts: tuple[str, ...] = ()
-    phases: Mapping[str, float] = field(default_factory=dict)
-    template: str | None = None
-    made: bool = False
 
 
 class Sandbox:
@@ -71,7 +53,7 @@ class Sandbox:
         self.overrides = overrides
         self.report = reporter or Reporter()
         self.environ = os.environ if environ is None else environ
-        self.machine = MachineDir(workspace, name or default_machine(workspace))
+        self.machine = MachineDir(workspace, name or which.meant(workspace))
         self.ephemeral = ephemeral
         self.phase = Phases()
 
@@ -83,11 +65,11 @@ class Sandbox:
 
     # --- plan and image ---
 
-    def load(self) -> Loaded:
-        """The merged, validated configuration. Raises ConfigError with every fault."""
-        from nixbox.config.cache import load
+    def load(self, *, locked: bool = False) -> Loaded:
+        """The merged, validated configuration; `locked` forbids new pins. Raises ConfigError with every fault."""
+        from nixbox.loading import load
 
-        return load(self.workspace, self.overrides)
+        return load(self.workspace, self.overrides, self.report, self.environ, locked=locked)
 
     def plan(self, loaded: Loaded | None = None) -> Plan:
         """What `up` would build and start. Raises ConfigError for what cannot be served."""
@@ -107,9 +89,13 @@ class Sandbox:
         """The image, built if need be. Raises BuildError, GoneError, ConfigError."""
         from nixbox.image import ensure
 
-        loaded = loaded or self.load()
+        loaded = loaded or self.load(locked=locked)
         mirror, security = loaded.settings.debian_mirror, loaded.settings.debian_security_mirror
         image = self.plan(loaded).image
+        if loaded.unserved and ensure.stale(self.workspace, image):
+            base = loaded.settings.base
+            for origin, name in loaded.unserved:
+                self.report.note(f"note: {origin} names {name} for another base only; an image of {base} lacks it")
         return ensure.ensure(self.workspace, image, mirror, security, self.report, locked=locked, phase=self.phase)
 
     # --- up ---
@@ -121,16 +107,32 @@ class Sandbox:
         way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
         """
         from nixbox.config.settings import resolve_env
-        from nixbox.machine import accelerator
-        from nixbox.session.begin import begin
 
         with self.phase("config"):
-            loaded = self.load()
+            loaded = self.load(locked=locked)
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
         self._backend().check_host()
         ssh.check_path(self.machine.ssh)
         places = self._look_at_mounts(plan)
+        self._run_hooks("pre-up", loaded)
+        done = self._up(plan, loaded, env, places, locked=locked, cold=cold)
+        self._run_hooks(
+            "post-up", loaded, {"NIXBOX_HOW": done.how, "NIXBOX_SEEDS_PENDING": " ".join(done.seeds.pending)}
+        )
+        return done
+
+    def _run_hooks(self, event: str, loaded: Loaded, also: Mapping[str, str] | None = None) -> None:
+        """Outside of the busy lock: a hook may call nixbox for its own machine."""
+        if not self.ephemeral:
+            hooks.run_hooks(event, self.machine, loaded, self.environ, self.report, also)
+
+    def _up(
+        self, plan: Plan, loaded: Loaded, env: Mapping[str, str], places: list[Place], *, locked: bool, cold: bool
+    ) -> Up:
+        from nixbox.machine import accelerator
+        from nixbox.session.begin import begin
+
         with self.busy():
             if self.machine.alive():
                 running = self._running(plan, env, places)
@@ -192,9 +194,11 @@ class Sandbox:
         # The guest's own marker, not the record: a start may have been cut off between the two.
         done = finish.setup_done(self.machine) if plan.machine.setup is not None else None
         setup = finish.setup(self.machine, plan, done, self.report)
-        finish.publish_ports(self.machine, plan, self.report)
-        failed = finish.scripts(self.machine, plan, self.report)
-        return Up(self.machine.name, "running", Path(record.image), record.accelerator, setup, failed)
+        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, ephemeral=self.ephemeral)
+        phases = dict(self.phase.seconds)
+        return Up(
+            self.machine.name, "running", Path(record.image), record.accelerator, setup, failed, phases, seeds=seeded
+        )
 
     def _look_at_mounts(self, plan: Plan) -> list[Place]:
         """What the config mounts; says where links lead. Raises ConfigError for what cannot be mounted."""
@@ -350,9 +354,7 @@ class Sandbox:
             setup = finish.setup(self.machine, plan, done, self.report)
             if begun.made and begun.template == "ready" and setup == "done before":
                 setup = "ran"
-        finish.publish_ports(self.machine, plan, self.report)
-        with self.phase("scripts"):
-            failed = finish.scripts(self.machine, plan, self.report)
+        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, ephemeral=self.ephemeral)
         return Up(
             name=self.machine.name,
             how=begun.how,
@@ -360,6 +362,7 @@ class Sandbox:
             accelerator=start.record.accelerator,
             setup=setup,
             failed_scripts=failed,
+            seeds=seeded,
             phases=dict(self.phase.seconds),
             template=begun.template,
             made=begun.made,
@@ -371,8 +374,23 @@ class Sandbox:
         """Stop the machine: by its own init, else by the hypervisor, else by force; says which it took."""
         if not self.machine.path.exists():
             self.machine.load()  # raises with the words for a machine that is not there
-        with self.busy():
+        with self._down_hooks(), self.busy():
             return stop.stop(self.machine, self._backend())
+
+    @contextmanager
+    def _down_hooks(self) -> Iterator[None]:
+        """Run the hooks around what ends a running machine; a config that cannot be read has none."""
+        loaded = None
+        if self.machine.alive() and not self.ephemeral:
+            try:
+                loaded = self.load()
+            except NixboxError as error:
+                self.report.note(f"note: no hooks are run: {error.message}")
+        if loaded is not None:
+            self._run_hooks("pre-down", loaded)
+        yield
+        if loaded is not None:
+            self._run_hooks("post-down", loaded)
 
     def _abandon(self) -> None:
         self.report.done()
@@ -380,13 +398,23 @@ class Sandbox:
 
     def remove(self) -> None:
         """Stop the machine and remove its overlay, keys, logs and record."""
-        with self.busy():
+        with self._down_hooks(), self.busy():
             # Under one lock: an `up` that is at work now is waited for, and its machine is stopped, not forgotten.
             if self.ephemeral:
                 self._abandon()
             else:
                 stop.stop(self.machine, self._backend())
             self.machine.remove()
+
+    def seed(self, targets: Sequence[str] = (), *, force: bool = False) -> dict[str, Seeded]:
+        """Copy the config's seeds, or those with these targets, to the running guest; what was done, by target.
+
+        One that was finished before is not repeated unless `force`. Raises NotRunningError, ConfigError, NixboxError.
+        """
+        from nixbox.session import seeds
+
+        self.require_running()
+        return seeds.seed_now(self.machine, self.load().settings.seeds, targets, self.report, force=force)
 
     # --- suspend and fork ---
 
@@ -553,22 +581,3 @@ class Sandbox:
     def shell(self) -> None:
         """Become a login shell in the guest."""
         run.replace([*self.require_running().argv("-t"), "/run/nixbox/session"])
-
-
-def default_machine(workspace: Path) -> str:
-    """The name of a workspace's default machine, without reading more of the config than that.
-
-    A config that cannot be read or names something impossible is loaded in full, which raises ConfigError.
-    """
-    import tomllib
-
-    file = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
-    try:
-        name = tomllib.loads(file.read_text(encoding="utf-8")).get("name", names.default_name(workspace))
-    except (OSError, ValueError):
-        name = None
-    if isinstance(name, str) and names.is_name(name):
-        return name
-    from nixbox.config.load import load
-
-    return load(workspace).settings.name

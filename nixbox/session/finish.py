@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from nixbox import run
 from nixbox.errors import NixboxError
 from nixbox.session import stop
+from nixbox.session.outcome import Seeds
+from nixbox.session.seeds import on_up
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir
     from nixbox.plan.model import Plan
-    from nixbox.report import Reporter
+    from nixbox.report import Phases, Reporter
 
 
 def setup(machine: MachineDir, plan: Plan, done: str | None, report: Reporter) -> str:
@@ -62,6 +64,18 @@ def scripts(machine: MachineDir, plan: Plan, report: Reporter) -> tuple[str, ...
             report.note(f"warning: {title} failed with exit code {code}")
             failed.append(title)
     return tuple(failed)
+
+
+def user_part(
+    machine: MachineDir, plan: Plan, phase: Phases, report: Reporter, *, ephemeral: bool
+) -> tuple[Seeds, tuple[str, ...]]:
+    """Ports, seeds and scripts: what became of the seeds, and which scripts failed. Ephemeral ones have no seeds."""
+    publish_ports(machine, plan, report)
+    with phase("seeds"):
+        seeded = on_up(machine, () if ephemeral else plan.machine.seeds, report)
+    with phase("scripts"):
+        failed = scripts(machine, plan, report)
+    return seeded, failed
 
 
 def publish_ports(machine: MachineDir, plan: Plan, report: Reporter) -> None:

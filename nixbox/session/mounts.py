@@ -187,7 +187,7 @@ def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None
 
 def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, readonly: bool) -> Path:
     """Share a directory (relative to the current one) with a running machine; returns its real path."""
-    from nixbox.config.schema import guest_path_fault
+    from nixbox.config.fields import guest_path_fault
 
     fault = guest_path_fault(target)
     if fault:

@@ -59,7 +59,7 @@ def ask(machine: MachineDir, fds: Sequence[int] = (), **request: Any) -> dict[st
 
 def allow(machine: MachineDir, domains: list[str]) -> None:
     """Let a running machine resolve further domains, at once. Raises ConfigError unless its mode is `filtered`."""
-    from nixbox.config.schema import domain_fault
+    from nixbox.config.fields import domain_fault
 
     faults = [fault for fault in map(domain_fault, domains) if fault]
     if faults:

@@ -8,6 +8,7 @@ import pytest
 
 from nixbox.config import cache, load
 from nixbox.config.settings import Overrides
+from nixbox.config.sources import Sources
 from nixbox.errors import ConfigError
 
 CONFIG = """name = "web"
@@ -49,9 +50,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
     real = load.load
 
-    def reading(workspace: Path, overrides: Overrides | None = None) -> object:
+    def reading(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> object:
         reads.append(1)
-        return real(workspace, overrides)
+        return real(workspace, overrides, sources)
 
     monkeypatch.setattr(load, "load", reading)
     return reads

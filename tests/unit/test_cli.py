@@ -16,7 +16,7 @@ import pytest
 
 import nixbox
 from nixbox import cli, paths
-from nixbox.cli import common
+from nixbox.cli import common, plugins
 from nixbox.image import build, ensure, lock, resolve, store
 from nixbox.image.lock import Bootstrap, Lock, LockedPackage
 from nixbox.machine import template
@@ -71,6 +71,7 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     def call(*args: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["nixbox", *args])
         capsys.readouterr()
+        plugins.with_commands.cache_clear()
         with pytest.raises(SystemExit) as caught:
             cli.main()
         said = capsys.readouterr()
@@ -106,6 +107,7 @@ def test_help_lists_every_command(call: Call, option: str) -> None:
     assert words >= {
         *("init", "up", "down", "shell", "run", "status", "list", "logs", "rm", "lock", "build", "config"),
         *("ssh-config", "doctor", "version", "image", "template", "suspend", "fork", "net", "port", "env"),
+        *("plugin", "trust", "mount", "unmount"),
     }
 
 
@@ -175,7 +177,6 @@ def test_a_config_that_is_no_toml(call: Call, workspace: Path) -> None:
         ("network.ports = [80]\n", "network.ports"),
         ("ports = [{ host = 1, guest = 1 }, { host = 1, guest = 2 }]\n", "ports[1].host"),
         ('base = "nixpkgs"\n', "base"),
-        ('hooks.pre-up = ["true"]\n', "hooks.pre-up"),
     ],
 )
 def test_what_cannot_be_served_yet_is_refused(call: Call, workspace: Path, text: str, words: str) -> None:
@@ -196,6 +197,20 @@ def test_bad_names(call: Call, workspace: Path, command: str, name: str) -> None
     assert LONG not in said.err
     assert all(line.isprintable() for line in said.err.splitlines())
     assert files(workspace) == before
+
+
+def test_init_from_a_config_in_nix(call: Call, place: Path) -> None:
+    (place / "old.nix").write_text('{ name = "shop"; env.TOKEN = builtins.getEnv "TOKEN"; nix.packages = [ "jq" ]; }')
+    said = call("init", "--from", "old.nix", "--name", "mine")
+    assert said.code == 0
+    text = (place / ".nixbox/config.toml").read_text()
+    assert 'name = "mine"' in text
+    assert 'TOKEN = {from_host = "TOKEN"}' in text
+    assert json.loads(call("config", "--json").out)["settings"]["packages"] == []  # they are named for nixpkgs
+    (place / "bad.nix").write_text("{ name = foo; }")
+    said = call("init", "--from", "bad.nix")
+    assert said.code == 2
+    assert "bad.nix: line 1, column 10: undefined variable 'foo'" in said.err
 
 
 def test_a_bad_name_in_the_config(call: Call, workspace: Path) -> None:

@@ -21,10 +21,12 @@ SOURCES = {
 RANKS = {
     "__main__": 8,
     "cli": 7,
+    "plugin": 7,
     "session": 6,
     "view": 6,
     "doctor": 6,
     "network": 5,
+    "loading": 5,
     "image": 4,
     "machine": 4,
     "guest": 4,
@@ -37,6 +39,7 @@ RANKS = {
     "paths": 1,
     "errors": 0,
     "locks": 0,
+    "trees": 0,
 }
 STARTERS = {"subprocess", "multiprocessing", "pty", "sh", "_posixsubprocess", "concurrent"}
 STARTING_CALLS = ("exec", "fork", "spawn", "posix_spawn", "system", "popen")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixbox import paths
-from nixbox.config import load as loading
+from nixbox.config import show
 from nixbox.config.cache import template_limit_bytes
 from nixbox.config.load import flatten, load, merge
 from nixbox.config.names import default_name
-from nixbox.config.settings import EnvEntry, Loaded, Mount, Overrides, resolve_env
+from nixbox.config.settings import EnvEntry, Hook, Loaded, Mount, Overrides, resolve_env
 from nixbox.errors import ConfigError
 
 
@@ -100,7 +100,7 @@ def test_layers_are_merged_in_order(full: Loaded) -> None:
     assert (s.build_network, s.setup) == (True, "once")
     assert (s.vcpus, s.memory_mib, s.disk_mib) == (4, 4096, 20480)
     assert s.env == (EnvEntry("A", None, "A"), EnvEntry("B", "secret-b"), EnvEntry("C", "x"))
-    assert s.hooks["post-up"] == ("make warm",)
+    assert s.hooks["post-up"] == (Hook("make warm"),)
     assert [p.name for p in full.files] == ["config.toml", "plugin.toml", "plugin.toml", "dev.toml"]
 
 
@@ -123,20 +123,20 @@ def leaves(tree: dict[str, Any]) -> set[str]:
 
 
 def test_origins_cover_every_leaf_and_nothing_else(full: Loaded) -> None:
-    shown = loading.to_json(full)
+    shown = show.to_json(full)
     assert set(shown["origins"]) == leaves(shown["settings"])
 
 
 def test_nothing_shown_holds_a_secret(full: Loaded) -> None:
-    as_json = json.dumps(loading.to_json(full))
-    for text in (as_json, loading.render(full), repr(full), repr(Overrides(env=(("A", "secret-a"),)))):
+    as_json = json.dumps(show.to_json(full))
+    for text in (as_json, show.render(full), repr(full), repr(Overrides(env=(("A", "secret-a"),)))):
         assert "secret-" not in text
-    env = loading.to_json(full)["settings"]["env"]
+    env = show.to_json(full)["settings"]["env"]
     assert env == {"A": {"from_host": "A"}, "B": "(hidden)", "C": "(hidden)"}
 
 
 def test_render_is_one_line_per_leaf(full: Loaded) -> None:
-    lines = loading.render(full).splitlines()
+    lines = show.render(full).splitlines()
     assert len(lines) == len(full.origins)
     table = dict(line.split("   # ") for line in lines)
     fields = {text.strip(): origin for text, origin in table.items()}
@@ -148,7 +148,7 @@ def test_render_is_one_line_per_leaf(full: Loaded) -> None:
 
 
 def test_render_shortens_scripts(ws: Workspace) -> None:
-    text = loading.render(ws.load('scripts = ["""\nset -eu\necho hi\n"""]'))
+    text = show.render(ws.load('scripts = ["""\nset -eu\necho hi\n"""]'))
     assert 'scripts[0] = "set -eu" … (2 lines)' in text
 
 
@@ -180,7 +180,7 @@ def test_a_profiles_setup_may_ask_for_the_environment(ws: Workspace) -> None:
     loaded = ws.load('profile = "dev"')
     assert loaded.settings.setup_env
     assert loaded.origins["setup_env"] == "profile dev"
-    assert loading.to_json(loaded)["settings"]["setup_env"] is True
+    assert show.to_json(loaded)["settings"]["setup_env"] is True
     assert ws.faults("setup_env = true")[0].startswith(".nixbox/config.toml: setup_env: unknown field")
 
 
@@ -192,11 +192,11 @@ def test_the_workspaces_profile_comes_before_the_users(ws: Workspace) -> None:
 
 
 def test_plugins_by_directory(ws: Workspace) -> None:
-    ws.write("home/p/plugin.toml", 'packages = ["aa"]')
+    ws.write("home/q/plugin.toml", 'packages = ["aa"]')
     ws.write("p/plugin.toml", 'packages = ["bb"]')
-    loaded = ws.load(f'plugins = ["~/p", "../p", "{ws.root}/p"]')
+    loaded = ws.load(f'plugins = ["~/q", "../p", "{ws.root}/p"]')
     assert loaded.settings.packages == ("aa", "bb")
-    assert loaded.origins["packages[0]"] == "plugin ~/p"
+    assert loaded.origins["packages[0]"] == "plugin ~/q"
 
 
 def test_plain_packages_of_plugins_are_for_the_chosen_base(ws: Workspace) -> None:
@@ -224,7 +224,7 @@ def test_a_long_or_missing_directory_name() -> None:
 
 
 def test_every_fault_of_every_file_at_once(ws: Workspace) -> None:
-    ws.write("plugins/git/plugin.toml", "[network]\n")
+    ws.write("plugins/git/plugin.toml", "env = {}\n")
     ws.write("plugins/bad/plugin.toml", "x = [\n")
     ws.write("my ws/.nixbox/profiles/dev.toml", 'setpu = "x"\ndisk.size = 1')
     config = 'profile = "dev"\nplugins = ["git", "bad", "gti"]\nresources.memroy = 1\npackages = ["a b"]'
@@ -237,7 +237,7 @@ def test_every_fault_of_every_file_at_once(ws: Workspace) -> None:
         "--memory: `lots` is not a size: write",
         "--env 1: is not a variable name",
         '--env-from-host "a b": is not a variable name',
-        f"{plugins}/git/plugin.toml: network: this version of nixbox cannot",
+        f"{plugins}/git/plugin.toml: env: a plugin cannot set variables",
         f"{plugins}/bad/plugin.toml: line 1, column 6: ",
         ".nixbox/config.toml: plugins[2]: no plugin `gti` (did you mean `git`?): ",
         ".nixbox/profiles/dev.toml: disk.size: 1MiB is too little",

@@ -1,0 +1,1 @@
+{ domains = [ "github.com" "pypi.org" ]; }
