@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,7 @@ REFRESH = "pl4nted-" + "cl4ude-77ab"
 SETTINGS_SECRET = "pl4nted-" + "setting-e20d"
 NO_SECRET = "what may be on the disk: 5a0c"
 SBT = "1.10.7"
+XDG = {"CACHE": ".cache", "CONFIG": ".config", "STATE": ".local/state", "DATA": ".local/share"}
 
 
 # --- the host ------------------------------------------------------------------------------------------
@@ -389,6 +391,55 @@ def test_caches_are_seeded_without_what_is_the_hosts_alone(box: Workspace, home:
     box("scala-sbt", "warm-cache", "--force")
     assert box.guest("ls .ivy2/local").split() == ["new", "org"]
     assert box("scala-sbt", "warm-cache", "--now", code=2).stderr.startswith("usage:")
+
+
+def coursier_cache(place: Path) -> None:
+    """A cache as coursier keeps it (v1/https/HOST/PATH, sums beside the files): 20,000 files, 300 MB."""
+    block = random.Random(1).randbytes(16 << 20)
+    maven = place / "v1/https/repo1.maven.org/maven2/org"
+    for group in range(100):
+        for artifact in range(50):
+            name = f"artifact-{artifact}"
+            directory = maven / f"group{group}" / name / f"1.{artifact}.0"
+            directory.mkdir(parents=True)
+            size = 6_000_000 if artifact == 0 and group < 30 else 20_000
+            at = (group * 50 + artifact) * 997
+            (directory / f"{name}.jar").write_bytes(block[at : at + size])
+            (directory / f"{name}.pom").write_text(f"<project><!-- {name} -->{'<x/>' * 500}</project>")
+            (directory / f".{name}.jar__sha1").write_bytes(hashlib.sha1(block[at : at + size]).digest())
+            (directory / f"{name}.jar.lock").touch()  # left out
+            (directory / f"{name}.pom.sha1").write_text("0" * 40)
+
+
+CONTENT = "cd ~/.cache/coursier; find . -type f ! -name '*.lock' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum"
+META = "cd ~/.cache/coursier; find . ! -name '*.lock' -printf '%P %m %T@ %y\\n' | LC_ALL=C sort"
+
+
+def test_a_machine_comes_up_with_a_large_cache(box: Workspace, home: Home, tmp_path: Path) -> None:
+    coursier_cache(tmp_path / ".cache/coursier")
+    (tmp_path / ".ivy2/local").mkdir(parents=True)
+    path = Path(tempfile.mkdtemp(prefix="w", dir=home.path))
+    warm = Workspace(path, home.env)
+    warm.config(CONFIG.partition("[network]")[0].replace('"1GiB"', '"2GiB"') + '[network]\nmode = "off"\n')
+    own = {f"XDG_{name}_HOME": str(home.path / place) for name, place in XDG.items()}
+    warm.extra |= {"HOME": str(tmp_path), **own}
+    shutil.copy(box.path / ".nixbox/nixbox.lock", path / ".nixbox/nixbox.lock")
+    try:
+        assert "seeding ~/.cache/coursier" in warm("up").stderr
+        for look in (CONTENT, META):
+            env = {**os.environ, "HOME": str(tmp_path)}
+            mine = subprocess.run(["sh", "-c", look], env=env, capture_output=True, text=True, check=True).stdout
+            assert mine == warm.guest(look)
+            assert mine.count("\n") >= 20_000
+        assert warm.guest('find ~/.cache ~/.ivy2 ! -user "$(id -u)" -o -name "*.lock"') == ""
+        again = warm("up", "--json")
+        assert "seeding" not in again.stderr
+        # Those that this host has no source of wait for one.
+        waiting = ["~/.npm", "~/.cache/uv", "~/.cargo/registry"]
+        assert json.loads(again.stdout)["seeds"] == {"seeded": [], "failed": [], "pending": waiting}
+    finally:
+        warm("rm", "--yes", code=None)
+        shutil.rmtree(path)
 
 
 # --- scala-sbt -------------------------------------------------------------------------------------------
