@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import bare, home, mounts, net, restore, share
+from bench import bare, home, mounts, net, restore, seed, share
 from bench.home import MEMORY_MIB, VCPUS, Home
 from nixbox.network import policy
 from nixbox.plan.model import Accelerator
@@ -421,6 +421,36 @@ def mounted(bench: Bench) -> None:
         bench.row(f"{what}, mounted", f"{ours:.2f} s", f"overlay disk {theirs:.2f} s", f"{ratio:.2f}× as fast")
 
 
+# --- seeds ---
+
+
+def seeding(bench: Bench) -> None:
+    """A large file and many small ones into a guest, beside other ways to copy the same."""
+    with seed.machine(bench.home) as place:
+        large = [(place.seed(place.large), place.raw(sync=False), place.raw(sync=True)) for _ in range(ROUNDS)]
+        small = []
+        for _ in range(LONG_ROUNDS):
+            rsync = (place.rsync("config"), place.rsync("exec")) if seed.have_rsync() else (0.0, 0.0)
+            small.append((place.seed(place.small), *rsync))
+        scp = place.scp()
+        asked = median(place.pending(QUICK_ROUNDS))
+    ours = median(a for a, _, _ in large)
+    for i, what, target in ((1, "ssh cat >file", "≥ 0.9×"), (2, "the same, and sync", "")):
+        beside, ratio = median(r[i] for r in large), median(r[i] / r[0] for r in large)
+        words = f"{what} {beside:.2f} s"
+        bench.row(f"seed {seed.LARGE_MB} MB, one file", f"{ours:.2f} s", words, f"{ratio:.2f}×", target)
+    ours = median(r[0] for r in small)
+    what = f"seed {seed.FILES} small files"
+    bench.row(what, f"{ours:.1f} s", f"scp -r {scp:.1f} s", f"{scp / ours:.1f}×", "≥ 3×")
+    bench.row("is a seed done?", ms(asked))
+    if not seed.have_rsync():
+        bench.row(what, f"{ours:.1f} s", "rsync is not installed")
+        return
+    for i, over, target in ((1, "", "≥ 1.5×"), (2, ", same connection", "")):
+        beside, ratio = median(r[i] for r in small), median(r[i] / r[0] for r in small)
+        bench.row(what, f"{ours:.1f} s", f"rsync -a{over} {beside:.1f} s", f"{ratio:.1f}×", target)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "build": build,
     "no-op": no_op,
@@ -432,6 +462,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "fresh": fresh,
     "network": network,
     "mounts": mounted,
+    "seed": seeding,
 }
 
 

@@ -104,7 +104,7 @@ mine mkdir -m 700 -- "$stage" || fail "no directory can be made beside the targe
 [ -O "$stage" ] || mine chown "$(id -u):$(id -g)" "$stage" || fail "the directory beside the target is not ours:"
 ln -sfn "$stage" "$state/$key.stage" || fail "the state directory cannot be written"
 echo "ready $(df -k --output=avail,iavail "$stage" | tail -n 1)"
-read -r word size || word=
+probe
 [ "$word" = commit ] || {
   clean
   exit 1
@@ -214,7 +214,7 @@ def seed(endpoint: Endpoint, wanted: Wanted, *, force: bool = False, report: Rep
             return Seeded(0, 0, {}, time.monotonic() - begun, "done before")
         found = listing.scan(wanted.source, b"new", wanted.exclude)
         _check_space(found, keeper, what)
-        chosen = stream.choose(endpoint, [found])
+        chosen = stream.choose_by(keeper.child, keeper.lines, [found])
         directory = f"{_STATE}/{wanted.key}.stage"
         stream.send(endpoint, [found], directory, chosen.how, report, what, _lists(found))
         report.phase(f"{what}: writing it to the disk")
@@ -311,7 +311,7 @@ def _keeper(endpoint: Endpoint, wanted: Wanted, force: bool, report: Reporter) -
         "force": str(int(force)),
     }
     head = "".join(f"{name}={value}\n" for name, value in variables.items())
-    with run.piped([*endpoint.argv("-T"), stream.guest_script(head + _KEEPER)]) as child:
+    with run.piped([*endpoint.argv("-T"), stream.guest_script(head + stream.PROBE + _KEEPER)]) as child:
         keeper = _Keeper(child, stream.Lines(child, what), what)
         try:
             keeper.begin(report)

@@ -46,19 +46,20 @@ TAR_OPTIONS = ("--no-same-owner", "--warning=no-timestamp")
 
 Job: TypeAlias = list[tuple[Listing, Sequence[Entry]]]
 
-# Answers what the guest has, then takes samples of data. It runs in the image's own shell.
-_PROBE = """
-. /run/nixbox/rc
-zstd=0
-! command -v zstd >/dev/null || zstd=1
-echo "$(nproc) $zstd"
-while read -r how size; do
-  case $how in
-    plain) head -c "$size" >/dev/null ;;
-    zstd) head -c "$size" | zstd -dc >/dev/null ;;
-  esac
-  echo ok
-done
+# For a script in the image's own shell: says what the guest has, and takes samples until another word comes, which is
+# then in $word, with $size.
+PROBE = """
+probe() {
+  while read -r word size; do
+    case $word in
+      has) echo "$(nproc) $(command -v zstd >/dev/null && echo 1 || echo 0)" ;;
+      plain) head -c "$size" >/dev/null && echo ok ;;
+      zstd) head -c "$size" | zstd -dc >/dev/null && echo ok ;;
+      *) return ;;
+    esac
+  done
+  word=
+}
 """
 
 
@@ -153,25 +154,43 @@ def disk_full(what: str, detail: str = "") -> NixboxError:
 
 
 def choose(endpoint: Endpoint, listings: Sequence[Listing]) -> HowTo:
-    """Ask the guest what it has, and measure if it is worth it. Raises NixboxError when it does not answer."""
-    count, size = sum(listing.count for listing in listings), sum(listing.bytes for listing in listings)
-    if count < MANY_FILES and size < _LARGE_BYTES:
+    """What `choose_by` says, asked in a session of its own if that is worth it."""
+    if _is_little(listings):
         return HowTo(How(), "too little to measure")
-    with run.piped([*endpoint.argv("-T"), guest_script(_PROBE)]) as child:
-        lines = Lines(child, "what it has")
-        words = lines.next(_ANSWER_S).split()
-        if len(words) != 2 or not words[0].isdigit():
-            raise ended("asking what the guest has", child)
-        small = count >= MANY_FILES and size <= count * _SMALL_BYTES
-        streams = max(1, min(int(words[0]), _MAX_STREAMS)) if small else 1
-        if size < _LARGE_BYTES:
-            return HowTo(How(streams), "too little to compress")
-        if words[1] != "1":
-            return HowTo(How(streams), "the guest has no zstd")
-        if run.find_tool("zstd") is None:
-            return HowTo(How(streams), "this host has no zstd")
-        zstd, why = _measure(child, lines, sample(listings))
-        return HowTo(How(streams, zstd), why)
+    with run.piped([*endpoint.argv("-T"), guest_script(f". /run/nixbox/rc\n{PROBE}\nprobe")]) as child:
+        return choose_by(child, Lines(child, "what it has"), listings)
+
+
+def _is_little(listings: Sequence[Listing]) -> bool:
+    return sum(listing.count for listing in listings) < MANY_FILES and _size(listings) < _LARGE_BYTES
+
+
+def _size(listings: Sequence[Listing]) -> int:
+    return sum(listing.bytes for listing in listings)
+
+
+def choose_by(child: run.Piped, lines: Lines, listings: Sequence[Listing]) -> HowTo:
+    """Ask what the guest has, and measure if it is worth it; a script with PROBE answers.
+
+    Raises NixboxError when it does not.
+    """
+    if _is_little(listings):
+        return HowTo(How(), "too little to measure")
+    write_all(child.stdin, b"has\n")
+    words = lines.next(_ANSWER_S).split()
+    if len(words) != 2 or not (words[0].isdigit() and len(words[0]) < 6):
+        raise ended("asking what the guest has", child)
+    count, size = sum(listing.count for listing in listings), _size(listings)
+    small = count >= MANY_FILES and size <= count * _SMALL_BYTES
+    streams = max(1, min(int(words[0]), _MAX_STREAMS)) if small else 1
+    if size < _LARGE_BYTES:
+        return HowTo(How(streams), "too little to compress")
+    if words[1] != "1":
+        return HowTo(How(streams), "the guest has no zstd")
+    if run.find_tool("zstd") is None:
+        return HowTo(How(streams), "this host has no zstd")
+    zstd, why = _measure(child, lines, sample(listings))
+    return HowTo(How(streams, zstd), why)
 
 
 @dataclass(frozen=True, slots=True)

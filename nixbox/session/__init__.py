@@ -19,6 +19,7 @@ from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Phases, Reporter
 from nixbox.session import finish, hooks, net, stop, which
 from nixbox.session.outcome import Up
+from nixbox.session.seeds import Asking
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
@@ -188,13 +189,16 @@ class Sandbox:
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
+        wanted = () if self.ephemeral else plan.machine.seeds
+        asking = Asking(self.machine, wanted)
         self._heal(record)
         self._tell_what_waits(plan, record, places)
-        self._push(record, env)
+        if record.env_hash != self._env_hash(record.machine_id, env):
+            self._push(record, env)
         # The guest's own marker, not the record: a start may have been cut off between the two.
         done = finish.setup_done(self.machine) if plan.machine.setup is not None else None
         setup = finish.setup(self.machine, plan, done, self.report)
-        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, ephemeral=self.ephemeral)
+        seeded, failed = finish.user_part(self.machine, wanted, plan, self.phase, self.report, asking)
         phases = dict(self.phase.seconds)
         return Up(
             self.machine.name, "running", Path(record.image), record.accelerator, setup, failed, phases, seeds=seeded
@@ -354,7 +358,8 @@ class Sandbox:
             setup = finish.setup(self.machine, plan, done, self.report)
             if begun.made and begun.template == "ready" and setup == "done before":
                 setup = "ran"
-        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, ephemeral=self.ephemeral)
+        wanted = () if self.ephemeral else plan.machine.seeds
+        seeded, failed = finish.user_part(self.machine, wanted, plan, self.phase, self.report)
         return Up(
             name=self.machine.name,
             how=begun.how,

@@ -8,9 +8,12 @@ from nixbox import run
 from nixbox.errors import NixboxError
 from nixbox.session import stop
 from nixbox.session.outcome import Seeds
-from nixbox.session.seeds import on_up
+from nixbox.session.seeds import Asking, on_up
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nixbox.config.settings import Seed
     from nixbox.machine.record import MachineDir
     from nixbox.plan.model import Plan
     from nixbox.report import Phases, Reporter
@@ -67,12 +70,17 @@ def scripts(machine: MachineDir, plan: Plan, report: Reporter) -> tuple[str, ...
 
 
 def user_part(
-    machine: MachineDir, plan: Plan, phase: Phases, report: Reporter, *, ephemeral: bool
+    machine: MachineDir,
+    seeds: Sequence[Seed],
+    plan: Plan,
+    phase: Phases,
+    report: Reporter,
+    asking: Asking | None = None,
 ) -> tuple[Seeds, tuple[str, ...]]:
-    """Ports, seeds and scripts: what became of the seeds, and which scripts failed. Ephemeral ones have no seeds."""
+    """Ports, seeds and scripts: what became of the seeds, and which scripts failed."""
     publish_ports(machine, plan, report)
     with phase("seeds"):
-        seeded = on_up(machine, () if ephemeral else plan.machine.seeds, report)
+        seeded = on_up(machine, seeds, report, asking)
     with phase("scripts"):
         failed = scripts(machine, plan, report)
     return seeded, failed

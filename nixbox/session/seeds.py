@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,37 @@ def _wanted(seed: Seed, workspace: Path) -> Wanted:
     return Wanted(source, seed.target, seed.exclude, seed.sentinel)
 
 
-def on_up(machine: MachineDir, seeds: Sequence[Seed], report: Reporter) -> Seeds:
-    """Seed what `up` seeds and the machine lacks.
+class Asking:
+    """Asks a guest which seeds it lacks, while something else is done: the answer takes a tenth of a second."""
+
+    def __init__(self, machine: MachineDir, seeds: Sequence[Seed]) -> None:
+        self._found: list[bool] = []
+        self._failure: NixboxError | None = None
+        self._thread: threading.Thread | None = None
+        if seeds:
+            wanted = [_wanted(seed, machine.workspace) for seed in seeds]
+            self._thread = threading.Thread(target=self._ask, args=(machine, wanted), daemon=True)
+            self._thread.start()
+
+    def _ask(self, machine: MachineDir, wanted: Sequence[Wanted]) -> None:
+        from nixbox.guest import seed as engine
+
+        try:
+            self._found = engine.pending(stop.reached(machine), wanted)
+        except NixboxError as error:
+            self._failure = error
+
+    def answer(self) -> list[bool]:
+        """Of each seed whether it is lacking. Raises NixboxError when the guest does not answer."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+
+def on_up(machine: MachineDir, seeds: Sequence[Seed], report: Reporter, asking: Asking | None = None) -> Seeds:
+    """Seed what `up` seeds and the machine lacks; `asking` is the question about these seeds, if it was asked before.
 
     A failure is told, and the next one goes on; one whose source this host has not got yet waits for it.
     """
@@ -36,8 +66,8 @@ def on_up(machine: MachineDir, seeds: Sequence[Seed], report: Reporter) -> Seeds
         return Seeds()
     from nixbox.guest import seed as engine
 
+    lacking = (asking or Asking(machine, seeds)).answer()
     endpoint = stop.reached(machine)
-    lacking = engine.pending(endpoint, [_wanted(seed, machine.workspace) for seed in seeds])
     seeded, failed, pending = [], [], []
     for seed, lacks in zip(seeds, lacking, strict=True):
         if not lacks:

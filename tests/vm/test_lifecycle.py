@@ -119,9 +119,9 @@ def test_plugins_add_to_the_image_and_to_every_start(workspace: Workspace) -> No
     assert "tree v" in workspace.guest("tree --version")
     assert "plugin ./tools/greeter" in workspace("config").stdout
 
-    (plugin / "plugin.toml").write_text('[env]\nTOKEN = "x"\n[hooks]\npre-up = ["true"]\n')
+    (plugin / "plugin.toml").write_text('[env]\nTOKEN = "x"\n[resources]\nvcpus = 2\n')
     refused = workspace("up", code=2)
-    assert "env" in refused.stderr and "hooks" in refused.stderr
+    assert "env: a plugin cannot set" in refused.stderr and "resources: a plugin does not" in refused.stderr
 
 
 def test_setup_and_scripts_that_fail_are_shown_and_tried_again(workspace: Workspace) -> None:
