@@ -34,11 +34,13 @@ class Place:
         """Run a shell line in the guest."""
         self.home.call([*self._ssh("exec"), "bench", command])
 
-    def _timed(self, argv: list[str], source: Path | None = None) -> float:
+    def _timed(self, argv: list[str], source: Path | None = None, most_s: float | None = None) -> float:
         """Seconds that a command takes; what it brought, in ~/t, is gone afterwards."""
         begun = time.perf_counter()
         with (source or Path("/dev/null")).open("rb") as stdin:
-            subprocess.run(argv, stdin=stdin, stdout=subprocess.DEVNULL, check=True, cwd=self.home.workspace)
+            subprocess.run(
+                argv, stdin=stdin, stdout=subprocess.DEVNULL, check=True, cwd=self.home.workspace, timeout=most_s
+            )
         seconds = time.perf_counter() - begun
         self._clean()
         return seconds
@@ -83,10 +85,14 @@ class Place:
         self._clean()
         return found
 
-    def scp(self) -> float:
-        """The small files by scp, as a user would call it."""
+    def scp(self, most_s: float) -> float | None:
+        """The small files by scp, as a user would call it; None when it takes longer than that."""
         config = self._ssh("config")[2]
-        return self._timed(["scp", "-q", "-F", config, "-r", str(self.small), "bench:t/copy"])
+        try:
+            return self._timed(["scp", "-q", "-F", config, "-r", str(self.small), "bench:t/copy"], most_s=most_s)
+        except subprocess.TimeoutExpired:
+            self._clean()
+            return None
 
     def rsync(self, file: str) -> float:
         """The small files by rsync, over OpenSSH (`config`), or over nixbox's own connection (`exec`)."""

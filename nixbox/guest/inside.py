@@ -6,9 +6,7 @@ become a symbolic link. Here every component is opened by itself and without fol
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,13 +127,3 @@ def closing(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def is_link(error: OSError, name: bytes, at: int) -> bool:
-    """Whether an open with O_NOFOLLOW failed since there is a symbolic link."""
-    if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-        return False
-    try:
-        return stat.S_ISLNK(os.lstat(name, dir_fd=at).st_mode)
-    except OSError:
-        return False

@@ -260,12 +260,23 @@ def _measure(child: run.Piped, lines: Lines, data: bytes) -> tuple[bool, str]:
     return zstd_s < _WORTH_IT * plain, f"a sample shrinks to {ratio:.0%}: {rates}"
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write it all to a pipe."""
+def write_all(fd: int, data: bytes, timeout_s: float = _STALL_S) -> None:
+    """Write it all to a pipe. Raises NixboxError when its reader has gone, TimeoutExpired when it takes nothing."""
+    import select
+
     with memoryview(data) as view:
         done = 0
         while done < len(view):
-            done += os.write(fd, view[done:])
+            _, ready, _ = select.select([], [fd], [], timeout_s)
+            if not ready:
+                raise TimeoutExpired(f"the guest took nothing for {timeout_s:g} s")
+            try:
+                # A pipe that can be written to takes so much without waiting (pipe(7)).
+                done += os.write(fd, view[done : done + select.PIPE_BUF])
+            except BrokenPipeError:
+                raise NixboxError(
+                    "the connection to the machine was lost", hint="nixbox status shows how it is"
+                ) from None
 
 
 # --- sending ---

@@ -72,7 +72,8 @@ def box(home: Home) -> Iterator[Workspace]:
 @pytest.fixture(autouse=True)
 def _clean(box: Workspace) -> Iterator[None]:
     """Nothing of one test is there for the next; and no test leaves a process or a half of a seed in the guest."""
-    box.guest("sudo rm -rf ~/t ~/.local /srv/t")
+    # On the disk, too: a machine that is killed would have it back.
+    box.guest("sudo rm -rf ~/t ~/.local /srv/t; sync")
     yield
     eventually(lambda: box.guest("ps -eo comm= | grep -cxE 'tar|zstd|flock' || :").strip() == "0", "tar to end")
     assert box.guest("sudo find / -xdev -name '.nixbox-seed-*'") == ""
