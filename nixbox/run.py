@@ -114,6 +114,11 @@ def tool(name: str) -> str:
     return found
 
 
+def _program(name: str) -> str:
+    """What to execute for the first word of a command: a path as it is, a name as `tool` finds it."""
+    return name if "/" in name else tool(name)
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -130,7 +135,7 @@ def run(
     Raises HostError when the program is missing, TimeoutExpired after `timeout_s` seconds, and CommandError on
     an exit code other than 0 when `check` is set.
     """
-    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    argv = [_program(argv[0]), *argv[1:]]
     try:
         done = subprocess.run(
             argv,
@@ -195,7 +200,7 @@ def stream(
     """
     import sh  # 60 ms of import that only builds and downloads pay
 
-    program = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    program = _program(argv[0])
     kept_out: deque[str] = deque(maxlen=400)
     kept_err: deque[str] = deque(maxlen=400)
     failures: list[BaseException] = []
@@ -300,7 +305,7 @@ def spawn(
     With `talk` these two are pipes. `inside` is called in the new process before it executes the program. Raises
     HostError when that fails.
     """
-    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    argv = [_program(argv[0]), *argv[1:]]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(log, flags, 0o600)
     try:
@@ -371,7 +376,7 @@ def on_host(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> int:
 
     What it prints goes to our stderr, and it reads the terminal if there is one. An interrupt ends it, and goes on.
     """
-    path = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    path = _program(argv[0])
     terminal = sys.stdin is not None and sys.stdin.isatty()
     process = None
     try:
@@ -489,7 +494,7 @@ def piped(
     It is killed at the body's end unless it has ended: `finish` waits for it. In a process group of its own, so that
     a terminal's Ctrl-C reaches us alone. Raises HostError when the program is missing.
     """
-    argv = [tool(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]]
+    argv = [_program(argv[0]), *argv[1:]]
     child = None
     try:
         with _signals_held():
@@ -514,7 +519,7 @@ def replace(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: P
 
     `env`: just this environment; else the allow-list of ours. Raises OSError for what cannot be executed.
     """
-    path = tool(argv[0]) if "/" not in argv[0] else argv[0]
+    path = _program(argv[0])
     if cwd is not None:
         os.chdir(cwd)
     os.execve(path, list(argv), child_env() if env is None else dict(env))

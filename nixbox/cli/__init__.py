@@ -217,8 +217,7 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
         print(f"seed         {seed.target} from {seed.source}{'' if seed.on_up else ' (when asked)'}")
     for event, hooks in loaded.settings.hooks.items():
         for hook in hooks:
-            of = f"plugin {hook.plugin}" if hook.plugin else "config.toml"
-            print(f"hook         {event}, of {of}: {hook.run.strip().splitlines()[0] if hook.run.strip() else ''}")
+            print(f"hook         {event}, of {hook.whose}: {hook.first_line}")
 
 
 @app.command()

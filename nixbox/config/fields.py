@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationInfo
 
+from nixbox.config import refs
 from nixbox.config.names import name_fault, shown
 
 _SIZE = re.compile(r"([0-9]{1,12}) ?(M|MiB|G|GiB)?", re.IGNORECASE)
@@ -133,10 +134,8 @@ def is_plugin_path(value: str) -> bool:
 
 
 def _check_plugin(value: str) -> str:
-    if value.startswith("github:"):
-        from nixbox.config.refs import parse
-
-        parse(value)
+    if refs.is_github(value):
+        refs.parse(value)
         return value
     if is_plugin_path(value):
         return _check_host_path(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from nixbox import paths
-from nixbox.config import fields, plugins, schema
+from nixbox.config import fields, plugins, refs, schema
 from nixbox.config.names import default_name, is_name, shown
 from nixbox.config.plugins import PluginFault
 from nixbox.config.schema import Config, Fault, Plugin, Profile
@@ -201,10 +201,10 @@ class _Reading:
         self.faults += [f"{_option(fault, overrides)}: {fault.message}" for fault in faults]
         return found
 
-    def used(self, refs: Sequence[Any]) -> Iterator[tuple[plugins.Found, Plugin] | None]:
+    def used(self, named: Sequence[Any]) -> Iterator[tuple[plugins.Found, Plugin] | None]:
         """The plugins that `plugins` means; an entry that is malformed is a fault already."""
-        good = {i: ref for i, ref in enumerate(refs) if fields.is_plugin_ref(ref)}
-        pinned = [ref for ref in good.values() if ref.startswith("github:")]
+        good = {i: ref for i, ref in enumerate(named) if fields.is_plugin_ref(ref)}
+        pinned = [ref for ref in good.values() if refs.is_github(ref)]
         where = self.sources.pinned(pinned) if pinned else {}
         if pinned:
             self.files.append(self.workspace / paths.CONFIG_DIR / paths.LOCK_FILE)  # it says which revisions they are

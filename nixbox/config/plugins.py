@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nixbox import paths, trees
-from nixbox.config import fields
+from nixbox.config import fields, refs
 from nixbox.config.names import shown
 from nixbox.errors import ConfigError, NixboxError
 
@@ -63,9 +63,7 @@ def named(home: Path) -> list[Path]:
 
 def find(ref: str, workspace: Path, pinned: Mapping[str, Path]) -> Found:
     """The plugin that a well-formed reference means. Raises PluginFault."""
-    if ref.startswith("github:"):
-        from nixbox.config import refs
-
+    if refs.is_github(ref):
         if ref not in pinned:
             raise PluginFault(f"{shown(ref, most=100)} is not fetched yet; `nixbox up` does that")
         place = pinned[ref]

@@ -56,6 +56,16 @@ class Hook:
     required: bool = False
     plugin: str | None = None
 
+    @property
+    def whose(self) -> str:
+        """Where it comes from, for people."""
+        return f"plugin {self.plugin}" if self.plugin else "config.toml"
+
+    @property
+    def first_line(self) -> str:
+        """What is shown of it."""
+        return self.run.strip().partition("\n")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Command:

@@ -50,9 +50,8 @@ def run_hooks(
     if not hooks or is_nested(machine):
         return
     for hook in hooks:
-        whose = f"plugin {hook.plugin}" if hook.plugin else "config.toml"
-        title = f"{event} hook of {whose}"
-        first = shown(hook.run.strip().partition("\n")[0], most=80)
+        title = f"{event} hook of {hook.whose}"
+        first = shown(hook.first_line, most=80)
         report.phase(f"{title}: {first}")
         report.done()  # the terminal is the hook's
         env = context(machine, environ, _plugin(hook, loaded)) | {EVENT: event} | dict(also or {})

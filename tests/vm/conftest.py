@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.vm.world import World
+
 UP_TIMEOUT_S = 400
 # Little memory: several guests may run at once on a small CI machine.
 RESOURCES = '[resources]\nvcpus = 1\nmemory = "320MiB"\ndisk = "1GiB"\n'
@@ -151,6 +153,17 @@ def running(home: Home) -> Iterator[Workspace]:
     box("up")
     yield box
     _end(box)
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[World]:
+    """A small Internet of namespaces, with hosts that are allowed and hosts that are not."""
+    with tempfile.TemporaryDirectory(prefix="nbw") as directory:
+        made = World(Path(directory))
+        try:
+            yield made
+        finally:
+            made.end()
 
 
 def _runtime(box: Workspace) -> set[str]:

@@ -12,7 +12,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,16 +74,6 @@ $bb ip link set eth0 up
 $bb ip route replace default via {GATEWAY}
 probe other_mac curl -sS --noproxy '*' -m 6 http://{internet.METADATA}/
 """
-
-
-@pytest.fixture(scope="module")
-def net() -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="nbw") as directory:
-        made = World(Path(directory))
-        try:
-            yield made
-        finally:
-            made.end()
 
 
 @pytest.fixture

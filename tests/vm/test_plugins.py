@@ -282,16 +282,6 @@ def server(net: World) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def net() -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="nbw") as directory:
-        made = World(Path(directory))
-        try:
-            yield made
-        finally:
-            made.end()
-
-
-@pytest.fixture(scope="module")
 def aws() -> Iterator[Aws]:
     with tempfile.TemporaryDirectory(prefix="nba") as directory:
         yield Aws(Path(directory))
