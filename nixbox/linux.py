@@ -75,9 +75,14 @@ def give_up() -> None:
     checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
-def end_with_parent() -> None:
-    """Let this process be killed when the one that started it ends: for a child, before it executes."""
+def end_with_parent(parent: int) -> None:
+    """Let this process be killed when the one that started it, `parent`, ends: for a child, before it executes.
+
+    A change of credentials takes it back (prctl(2)), so namespaces are to be joined before.
+    """
     checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:  # it ended before it could be followed
+        os._exit(1)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:

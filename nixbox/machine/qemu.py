@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nixbox import paths, run
+from nixbox import linux, paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import Features, Network, Sockets, VmSpec
@@ -92,10 +92,15 @@ class Qemu:
         ):
             fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno(), network.tap)
             argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
-            if spec.bound and sys.platform == "linux":
-                argv = ["setpriv", "--pdeathsig", "KILL", run.tool(argv[0]), *argv[1:]]
             inherited = (fds.control, fds.monitor, fds.shell, fds.tap, *pass_fds)
-            return run.spawn(argv, log=log, pass_fds=inherited, inside=network.join_for_good).pid
+            parent = os.getpid()
+
+            def inside() -> None:
+                network.join_for_good()
+                if spec.bound and sys.platform == "linux":
+                    linux.end_with_parent(parent)
+
+            return run.spawn(argv, log=log, pass_fds=inherited, inside=inside).pid
 
     def pause(self, sockets: Sockets) -> None:
         """`stop`: also drains the disks and flushes them."""

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ class Guard:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=linux.end_with_parent,
+                preexec_fn=partial(linux.end_with_parent, os.getpid()),
                 cwd="/",
             )
         (self.runtime / "pasta.pid").write_text(str(self.outside.pid))

@@ -35,6 +35,7 @@ def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) ->
     """
     path = start.machine.path / "copy"
     keeper = record.MachineDir(start.machine.path, start.machine.name, path)
+    stop.abandon(keeper, start.backend)  # of a command that was killed: it may still be ending
     keeper.prepare()
     with keeper.overlay.open("wb") as disk:
         disk.truncate(start.machine.overlay.stat().st_size)  # never read or written: the guest does not run

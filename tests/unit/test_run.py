@@ -440,3 +440,26 @@ def test_replace_becomes_the_program() -> None:
     )
     first, second = done.stdout.splitlines()
     assert (done.code, first) == (4, second)
+
+
+# --- a child that ends with its parent --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orphaned", [False, True], ids=["its parent lives", "its parent has ended"])
+def test_who_is_to_end_with_its_parent_does_not_outlive_it(orphaned: bool) -> None:
+    code = """
+import os, sys, time
+from nixbox import linux
+parent = os.getpid()
+if os.fork() == 0:
+    while sys.argv[1] == "True" and os.getppid() == parent:
+        time.sleep(0.001)
+    linux.end_with_parent(parent)
+    os.write(1, b"lived")
+    os._exit(0)
+if sys.argv[1] == "False":
+    os.wait()
+"""
+    # It has its parent's output, which ends with the last of the two.
+    done = run.run([sys.executable, "-c", code, str(orphaned)], timeout_s=HANG_S)
+    assert done.stdout == ("" if orphaned else "lived")
