@@ -221,6 +221,15 @@ def runtime_dir(workspace: Path, name: str) -> Path:
     return Path(base) / "nixbox" / ident
 
 
+def own_directories() -> list[Path]:
+    """Where nixbox has what no guest may read or write: configs, keys, records, templates, sockets.
+
+    Of every workspace that it has seen. Not every one is there.
+    """
+    configs = [Path(workspace) / CONFIG_DIR for workspace in known().workspaces]
+    return [*configs, user_config_dir(), cache_dir(), state_dir(), runtime_dir(Path(), "").parent]
+
+
 def private_dir(path: Path) -> Path:
     """Make `path` (mode 0700) unless it is there; refuse one that is a link or somebody else's."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)

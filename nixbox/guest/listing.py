@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -208,10 +209,10 @@ def changed(path: bytes, how: str) -> NixboxError:
 
 
 def _own() -> frozenset[tuple[int, int]]:
-    """Directories with keys and configs of nixbox's, which no guest is given (device and inode)."""
+    """Directories of nixbox's, which no guest is given (device and inode)."""
     found = set(paths.known().workspaces.values())
-    for directory in (paths.state_dir(), paths.user_config_dir()):
-        if directory.is_dir():
+    for directory in paths.own_directories():
+        with contextlib.suppress(OSError):  # not every one is there
             info = directory.stat()
             found.add((info.st_dev, info.st_ino))
     return frozenset(found)

@@ -34,13 +34,19 @@ _HEADROOM_BYTES = 8 << 20
 _INODE_RESERVE = 100
 
 # Holds the lock, makes the place to unpack in, and puts what came there where it belongs. Its standard input ends
-# when the host goes away, however that happens; it then removes what has come.
+# when the host goes away, however that happens; it then removes what has come. A quick_script; a command of the
+# image's is used ("real") where busybox has none, or another one.
 _KEEPER = r"""
 . /run/nixbox/rc
 export LC_ALL=C.UTF-8
 trap '' PIPE
 state="$HOME"/.local/state/nixbox/seeds
 stage=
+real() {
+  program=$(which "$1") || { echo "the guest has no $1" >&2; return 127; }
+  shift
+  "$program" "$@"
+}
 why() { tail -n 3 "$state/$key.why" 2>/dev/null | tr '\n' ' '; }
 mine() { # as the user, or where it may not as root
   "$@" 2>"$state/$key.why" || { command -v sudo >/dev/null && sudo -n "$@" 2>>"$state/$key.why"; }
@@ -61,27 +67,28 @@ fail() {
 }
 # Take away what the last seed brought and nobody has changed since: name, size and time of change are the same.
 undo() {
-  (cd "$target" && find . -mindepth 1 ! -type d -printf '%s %T@ %P\0') | sort -z >"$stage/now"
-  sort -z "$state/$key.files" | comm -z -12 - "$stage/now" | cut -z -d ' ' -f 3- >"$stage/gone"
+  (cd "$target" && real find . -mindepth 1 ! -type d -printf '%s %T@ %P\0') | real sort -z >"$stage/now"
+  real sort -z "$state/$key.files" | real comm -z -12 - "$stage/now" | real cut -z -d ' ' -f 3- >"$stage/gone"
   cd "$target" || return
   mine xargs -0ra "$stage/gone" rm -f --
   # Directories go if they are empty by now.
-  sort -zr "$state/$key.directories" >"$stage/gone"
+  real sort -zr "$state/$key.directories" >"$stage/gone"
   xargs -0ra "$stage/gone" rmdir -- 2>/dev/null
   cd /
 }
 place() { # rename it to its place, or merge it with what is there
-  mine mv -fT -- "$stage/new" "$target" && return
+  mine "$(which mv)" -fT -- "$stage/new" "$target" && return
   [ -d "$stage/new" ] && [ -d "$target" ] || return
   way=-a
   [ "$(stat -c %d "$stage/new")" != "$(stat -c %d "$target")" ] || way=-al
   mode=$(stat -c %a "$target")
-  mine cp $way --remove-destination -T -- "$stage/new" "$target" || return
+  mine "$(which cp)" $way --remove-destination -T -- "$stage/new" "$target" || return
   mine chmod "$mode" "$target"
 }
 
 mkdir -p "$state" || { echo "fail the state directory cannot be made"; exit 1; }
-target=$(realpath -m -- "$target")
+target=$(realpath "$target" 2>/dev/null || real realpath -m -- "$target")
+[ -n "$target" ] || { echo "fail the target has no real path"; exit 1; }
 mark=$(printf %s "$target" | sha256sum | cut -c -16)
 exec 9>"$state/$mark.lock" || { echo "fail no lock can be made"; exit 1; }
 flock -n 9 || {
@@ -103,13 +110,15 @@ clean
 mine mkdir -m 700 -- "$stage" || fail "no directory can be made beside the target:"
 [ -O "$stage" ] || mine chown "$(id -u):$(id -g)" "$stage" || fail "the directory beside the target is not ours:"
 ln -sfn "$stage" "$state/$key.stage" || fail "the state directory cannot be written"
-echo "ready $(df -k --output=avail,iavail "$stage" | tail -n 1)"
+set -- $(stat -f -c '%S %a %c %d' "$stage")
+[ "$3" != 0 ] || set -- "$1" "$2" - -
+echo "ready $(($1 * $2 / 1024)) $4"
 probe
 [ "$word" = commit ] || {
   clean
   exit 1
 }
-head -c "$size" >"$state/$key.text" 2>"$state/$key.why" || fail "the sentinel cannot be written:"
+"$head" -c "$size" >"$state/$key.text" 2>"$state/$key.why" || fail "the sentinel cannot be written:"
 sync -f "$stage" 2>"$state/$key.why" || fail "the disk cannot be synced:"
 [ ! -s "$state/$key.files" ] || [ ! -d "$target" ] || undo
 rm -f "$state/$key.files"
@@ -188,8 +197,7 @@ def pending(endpoint: Endpoint, wanted: Sequence[Wanted]) -> list[bool]:
     for i, one in enumerate(wanted):
         chunk.append(f"c {stream.shell_path(one.target)} {one.sentinel_words} {shlex.quote(one.ident)}\n")
         if i + 1 == len(wanted) or len("".join(chunk).encode()) > _LONGEST_COMMAND // 2:
-            # The guest's own busybox: no library to load, and the same whatever the user's shell is.
-            command = f"exec /run/nixbox/busybox sh -c {shlex.quote(check + ''.join(chunk))}"
+            command = stream.quick_script(check + "".join(chunk))
             said = run.run([*endpoint.argv("-T"), command], timeout_s=_PENDING_S).stdout.split()
             if len(said) != len(chunk) or not set(said) <= {"0", "1"}:
                 raise NixboxError("the guest did not say which seeds it has", hint="nixbox shell shows what is wrong")
@@ -209,14 +217,14 @@ def seed(endpoint: Endpoint, wanted: Wanted, *, force: bool = False, report: Rep
     begun = time.monotonic()
     what = f"seeding {harmless(wanted.target)}"
     report.phase(what)
-    with _keeper(endpoint, wanted, force, report) as keeper:
+    directory = f"{_STATE}/{wanted.key}.stage"
+    with stream.unpacking(endpoint, directory) as tar, _keeper(endpoint, wanted, force, report) as keeper:
         if keeper.done:
             return Seeded(0, 0, {}, time.monotonic() - begun, "done before")
         found = listing.scan(wanted.source, b"new", wanted.exclude)
         _check_space(found, keeper, what)
         chosen = stream.choose_by(keeper.child, keeper.lines, [found])
-        directory = f"{_STATE}/{wanted.key}.stage"
-        stream.send(endpoint, [found], directory, chosen.how, report, what, _lists(found))
+        stream.send(endpoint, [found], directory, chosen.how, report, what, _lists(found), tar)
         report.phase(f"{what}: writing it to the disk")
         keeper.commit(_sentinel(wanted, found))
     report.done()
@@ -311,7 +319,7 @@ def _keeper(endpoint: Endpoint, wanted: Wanted, force: bool, report: Reporter) -
         "force": str(int(force)),
     }
     head = "".join(f"{name}={value}\n" for name, value in variables.items())
-    with run.piped([*endpoint.argv("-T"), stream.guest_script(head + stream.PROBE + _KEEPER)]) as child:
+    with run.piped([*endpoint.argv("-T"), stream.quick_script(head + stream.PROBE + _KEEPER)]) as child:
         keeper = _Keeper(child, stream.Lines(child, what), what)
         try:
             keeper.begin(report)

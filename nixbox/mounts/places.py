@@ -105,7 +105,7 @@ def _masks(source: Path, own: Sequence[Path]) -> tuple[tuple[Path, Inode], ...]:
 
 
 def own_directories(workspace: Path) -> list[Path]:
-    """Where nixbox has what no guest may read or write: configs, keys, records, templates, sockets.
+    """`paths.own_directories`, and the workspace's.
 
     Raises ConfigError when the workspace's is a symbolic link, which a guest with the workspace could replace.
     """
@@ -115,10 +115,8 @@ def own_directories(workspace: Path) -> list[Path]:
             f"{config} is a symbolic link, so it cannot be kept from the guest",
             hint="make it a directory, or set mounts = [] in config.toml",
         )
-    runtime = paths.runtime_dir(workspace, "").parent
-    others = [Path(other) / paths.CONFIG_DIR for other in paths.known().workspaces]
-    state = paths.private_dir(paths.state_dir())  # there before anybody could see it made
-    return [config, *others, paths.user_config_dir(), paths.cache_dir(), state, runtime]
+    paths.private_dir(paths.state_dir())  # there before anybody could see it made
+    return [config, *paths.own_directories()]
 
 
 def looks_like_cache(source: Path) -> bool:

@@ -113,15 +113,19 @@ class Sandbox:
             loaded = self.load(locked=locked)
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
+        asking = self._ask(plan) if self.machine.alive() else None
         self._backend().check_host()
         ssh.check_path(self.machine.ssh)
         places = self._look_at_mounts(plan)
         self._run_hooks("pre-up", loaded)
-        done = self._up(plan, loaded, env, places, locked=locked, cold=cold)
+        done = self._up(plan, loaded, env, places, asking, locked=locked, cold=cold)
         self._run_hooks(
             "post-up", loaded, {"NIXBOX_HOW": done.how, "NIXBOX_SEEDS_PENDING": " ".join(done.seeds.pending)}
         )
         return done
+
+    def _ask(self, plan: Plan) -> Asking:
+        return Asking(self.machine, () if self.ephemeral else plan.machine.seeds)
 
     def _run_hooks(self, event: str, loaded: Loaded, also: Mapping[str, str] | None = None) -> None:
         """Outside of the busy lock: a hook may call nixbox for its own machine."""
@@ -129,16 +133,24 @@ class Sandbox:
             hooks.run_hooks(event, self.machine, loaded, self.environ, self.report, also)
 
     def _up(
-        self, plan: Plan, loaded: Loaded, env: Mapping[str, str], places: list[Place], *, locked: bool, cold: bool
+        self,
+        plan: Plan,
+        loaded: Loaded,
+        env: Mapping[str, str],
+        places: list[Place],
+        asking: Asking | None,
+        *,
+        locked: bool,
+        cold: bool,
     ) -> Up:
-        from nixbox.machine import accelerator
-        from nixbox.session.begin import begin
-
         with self.busy():
             if self.machine.alive():
-                running = self._running(plan, env, places)
+                running = self._running(plan, env, places, asking)
                 if running is not None:
                     return running
+            from nixbox.machine import accelerator
+            from nixbox.session.begin import begin
+
             image = self.build(locked=locked, loaded=loaded)
             with self.phase("prepare"):
                 choice = accelerator.choose(plan.machine.accelerator)
@@ -176,7 +188,7 @@ class Sandbox:
     def _waiting(self) -> None:
         self.report.note(f"another nixbox command is at work on `{self.machine.name}`; waiting for it")
 
-    def _running(self, plan: Plan, env: Mapping[str, str], places: list[Place]) -> Up | None:
+    def _running(self, plan: Plan, env: Mapping[str, str], places: list[Place], asking: Asking | None) -> Up | None:
         """What to do about a live VM: go on with it, heal it, or (None) start over."""
         # A record that cannot be read raises: the machine may be in somebody's use, and is left alone.
         record = self.machine.load() if self.machine.exists() else None
@@ -189,8 +201,6 @@ class Sandbox:
             self.report.note("the machine had stopped on a full host disk; letting it go on")
             qemu.resume(self.machine.sockets)
         stop.heal(self.machine, qemu)
-        wanted = () if self.ephemeral else plan.machine.seeds
-        asking = Asking(self.machine, wanted)
         self._heal(record)
         self._tell_what_waits(plan, record, places)
         if record.env_hash != self._env_hash(record.machine_id, env):
@@ -198,7 +208,8 @@ class Sandbox:
         # The guest's own marker, not the record: a start may have been cut off between the two.
         done = finish.setup_done(self.machine) if plan.machine.setup is not None else None
         setup = finish.setup(self.machine, plan, done, self.report)
-        seeded, failed = finish.user_part(self.machine, wanted, plan, self.phase, self.report, asking)
+        asking = asking or self._ask(plan)
+        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, asking)
         phases = dict(self.phase.seconds)
         return Up(
             self.machine.name, "running", Path(record.image), record.accelerator, setup, failed, phases, seeds=seeded
@@ -358,8 +369,7 @@ class Sandbox:
             setup = finish.setup(self.machine, plan, done, self.report)
             if begun.made and begun.template == "ready" and setup == "done before":
                 setup = "ran"
-        wanted = () if self.ephemeral else plan.machine.seeds
-        seeded, failed = finish.user_part(self.machine, wanted, plan, self.phase, self.report)
+        seeded, failed = finish.user_part(self.machine, plan, self.phase, self.report, self._ask(plan))
         return Up(
             name=self.machine.name,
             how=begun.how,

@@ -11,9 +11,6 @@ from nixbox.session.outcome import Seeds
 from nixbox.session.seeds import Asking, on_up
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from nixbox.config.settings import Seed
     from nixbox.machine.record import MachineDir
     from nixbox.plan.model import Plan
     from nixbox.report import Phases, Reporter
@@ -70,17 +67,12 @@ def scripts(machine: MachineDir, plan: Plan, report: Reporter) -> tuple[str, ...
 
 
 def user_part(
-    machine: MachineDir,
-    seeds: Sequence[Seed],
-    plan: Plan,
-    phase: Phases,
-    report: Reporter,
-    asking: Asking | None = None,
+    machine: MachineDir, plan: Plan, phase: Phases, report: Reporter, asking: Asking
 ) -> tuple[Seeds, tuple[str, ...]]:
     """Ports, seeds and scripts: what became of the seeds, and which scripts failed."""
     publish_ports(machine, plan, report)
     with phase("seeds"):
-        seeded = on_up(machine, seeds, report, asking)
+        seeded = on_up(asking, report)
     with phase("scripts"):
         failed = scripts(machine, plan, report)
     return seeded, failed

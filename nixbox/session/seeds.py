@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from nixbox.session.outcome import Seeds
 if TYPE_CHECKING:
     from nixbox.config.settings import Seed
     from nixbox.guest.seed import Seeded, Wanted
+    from nixbox.guest.ssh import Endpoint
     from nixbox.machine.record import MachineDir
     from nixbox.report import Reporter
 
@@ -29,47 +31,52 @@ def _wanted(seed: Seed, workspace: Path) -> Wanted:
 
 
 class Asking:
-    """Asks a guest which seeds it lacks, while something else is done: the answer takes a tenth of a second."""
+    """Asks a guest which seeds it lacks, while something else is done: the answer takes a tenth of a second.
+
+    It may be asked before the machine is known to be well, so this begins no connection: without one, or when it
+    fails, it is asked again at `answer`. And before anybody else is kept from changing the machine: the engine looks
+    again at what is lacking.
+    """
 
     def __init__(self, machine: MachineDir, seeds: Sequence[Seed]) -> None:
-        self._found: list[bool] = []
-        self._failure: NixboxError | None = None
-        self._thread: threading.Thread | None = None
+        self.machine = machine
+        self.seeds = seeds
+        self._wanted = [_wanted(seed, machine.workspace) for seed in seeds]
+        self._found: list[bool] | None = None
+        self._thread = threading.Thread(target=self._try, daemon=True)
         if seeds:
-            wanted = [_wanted(seed, machine.workspace) for seed in seeds]
-            self._thread = threading.Thread(target=self._ask, args=(machine, wanted), daemon=True)
             self._thread.start()
 
-    def _ask(self, machine: MachineDir, wanted: Sequence[Wanted]) -> None:
+    def _try(self) -> None:
+        if self.machine.ssh_sockets[1].exists():
+            with contextlib.suppress(NixboxError):
+                self._found = self._ask(stop.endpoint(self.machine))
+
+    def _ask(self, endpoint: Endpoint) -> list[bool]:
         from nixbox.guest import seed as engine
 
-        try:
-            self._found = engine.pending(stop.reached(machine), wanted)
-        except NixboxError as error:
-            self._failure = error
+        return engine.pending(endpoint, self._wanted)
 
     def answer(self) -> list[bool]:
         """Of each seed whether it is lacking. Raises NixboxError when the guest does not answer."""
-        if self._thread is not None:
+        if self.seeds:
             self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._found
+        return self._ask(stop.reached(self.machine)) if self._found is None else self._found
 
 
-def on_up(machine: MachineDir, seeds: Sequence[Seed], report: Reporter, asking: Asking | None = None) -> Seeds:
-    """Seed what `up` seeds and the machine lacks; `asking` is the question about these seeds, if it was asked before.
+def on_up(asking: Asking, report: Reporter) -> Seeds:
+    """Seed what `up` seeds and the machine lacks.
 
     A failure is told, and the next one goes on; one whose source this host has not got yet waits for it.
     """
-    if not seeds:
+    if not asking.seeds:
         return Seeds()
     from nixbox.guest import seed as engine
 
-    lacking = (asking or Asking(machine, seeds)).answer()
+    machine, lacking = asking.machine, asking.answer()
     endpoint = stop.reached(machine)
     seeded, failed, pending = [], [], []
-    for seed, lacks in zip(seeds, lacking, strict=True):
+    for seed, lacks in zip(asking.seeds, lacking, strict=True):
         if not lacks:
             continue
         if not seed.on_up:

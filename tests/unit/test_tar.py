@@ -315,6 +315,15 @@ def test_nixboxs_own_directories_are_left_out(tmp_path: Path) -> None:
     assert found.skipped == {"nixbox's own": 1}
 
 
+def test_a_cache_is_copied_without_nixboxs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (paths.cache_dir() / "templates").mkdir(parents=True)
+    (paths.cache_dir() / "templates" / "memory").touch()
+    (tmp_path / "cache" / "file").touch()
+    found = listing.scan(tmp_path / "cache", b"n")
+    assert ([entry.name for entry in found.files], found.skipped) == ([b"n/file"], {"nixbox's own": 1})
+
+
 def test_a_link_that_a_guest_may_have_made_is_refused(tmp_path: Path) -> None:
     shared, secret = tmp_path / "shared", tmp_path / "secret"
     (shared / "real").mkdir(parents=True)
