@@ -114,7 +114,7 @@ def memory(command: list[str]) -> str:
 @pytest.mark.parametrize(
     ("accelerator", "lines", "append"),
     [
-        ("tcg", "-accel tcg,thread=multi\n-cpu max,-cx16", " mitigations=off tsc=reliable"),
+        ("tcg", "-accel tcg,thread=multi\n-cpu max,-cx16", " mitigations=off norandmaps tsc=reliable"),
         ("kvm", "-accel kvm\n-cpu host", ""),
         ("hvf", "-accel hvf\n-cpu host", ""),
     ],
