@@ -21,7 +21,7 @@ KERNEL_ARGS = (
 )
 # Software emulation: calibrating a timer there is slow and can fail under load, and a guest's own defences
 # against speculation cost time but defend nothing, since no guest instruction is run by the CPU itself. A
-# program that is somewhere else each time is translated anew each time (docs/decisions/023-no-aslr-under-software-emulation.md).
+# program that is somewhere else each time is translated anew each time (docs/decisions/023).
 TCG_KERNEL_ARGS = ("mitigations=off", "norandmaps", "tsc=reliable")
 
 
