@@ -209,25 +209,32 @@ def runtime_dir(workspace: Path, name: str) -> Path:
     refused when somebody else owns it. Raises HostError in that case.
     """
     ident = hashlib.sha256(f"{workspace}\0{name}".encode()).hexdigest()[:12]
+    base, ours = _runtime_base()
+    if ours:
+        private_dir(base)
+    return base / "nixbox" / ident
+
+
+def _runtime_base() -> tuple[Path, bool]:
+    """What `nixbox/` with the directories for sockets lies in, and whether it is ours to make and to check."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     # 66 leaves room for "/nixbox/<12>/ssh" and the 17 bytes that ssh adds to its control socket's name at first.
-    if not base.startswith("/") or len(os.fsencode(base)) > 66 or not os.access(base, os.W_OK):
-        temporary = tempfile.gettempdir()
-        if len(os.fsencode(temporary)) > 50:
-            # A directory of our own is made in it, and checked.
-            temporary = "/tmp"  # noqa: S108
-        base = str(Path(temporary) / f"nixbox-{os.getuid()}")
-        private_dir(Path(base))
-    return Path(base) / "nixbox" / ident
+    if base.startswith("/") and len(os.fsencode(base)) <= 66 and os.access(base, os.W_OK):
+        return Path(base), False
+    temporary = tempfile.gettempdir()
+    if len(os.fsencode(temporary)) > 50:
+        # A directory of our own is made in it, and checked.
+        temporary = "/tmp"  # noqa: S108
+    return Path(temporary) / f"nixbox-{os.getuid()}", True
 
 
 def own_directories() -> list[Path]:
     """Where nixbox has what no guest may read or write: configs, keys, records, templates, sockets.
 
-    Of every workspace that it has seen. Not every one is there.
+    Of every workspace that it has seen. Not every one is there, and none is made.
     """
     configs = [Path(workspace) / CONFIG_DIR for workspace in known().workspaces]
-    return [*configs, user_config_dir(), cache_dir(), state_dir(), runtime_dir(Path(), "").parent]
+    return [*configs, user_config_dir(), cache_dir(), state_dir(), _runtime_base()[0] / "nixbox"]
 
 
 def private_dir(path: Path) -> Path:

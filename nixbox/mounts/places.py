@@ -115,7 +115,9 @@ def own_directories(workspace: Path) -> list[Path]:
             f"{config} is a symbolic link, so it cannot be kept from the guest",
             hint="make it a directory, or set mounts = [] in config.toml",
         )
-    paths.private_dir(paths.state_dir())  # there before anybody could see it made
+    # There before anybody could see them made.
+    paths.private_dir(paths.state_dir())
+    paths.runtime_dir(workspace, "")
     return [config, *paths.own_directories()]
 
 

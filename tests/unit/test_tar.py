@@ -324,6 +324,14 @@ def test_a_cache_is_copied_without_nixboxs_own(tmp_path: Path, monkeypatch: pyte
     assert ([entry.name for entry in found.files], found.skipped) == ([b"n/file"], {"nixbox's own": 1})
 
 
+def test_to_know_nixboxs_own_directories_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)  # nobody's
+    own = [path for path in paths.own_directories() if "nixbox-12345678" in path.parts]
+    assert len(own) == 1 and own[0].name == "nixbox"
+    assert not own[0].parent.exists()
+
+
 def test_a_link_that_a_guest_may_have_made_is_refused(tmp_path: Path) -> None:
     shared, secret = tmp_path / "shared", tmp_path / "secret"
     (shared / "real").mkdir(parents=True)
