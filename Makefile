@@ -1,6 +1,7 @@
 # make up     set up, build the image, boot the example and run a first command in it
 # make test   every test
-.PHONY: setup up down test lint format bench lock clean
+# make box    a shell on a KVM host that QEMU emulates (tests/kvm)
+.PHONY: setup box up down test lint format bench lock clean
 
 NIXBOX = ../../.venv/bin/nixbox
 
@@ -24,6 +25,9 @@ lint: setup
 format: setup
 	@.venv/bin/ruff check --fix --quiet .
 	@.venv/bin/ruff format --quiet .
+
+box: setup
+	@.venv/bin/python -m tests.kvm
 
 bench:
 	@scripts/setup bench

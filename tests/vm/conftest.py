@@ -107,8 +107,7 @@ class Home:
     lock: str
 
 
-@pytest.fixture(scope="session")
-def home() -> Iterator[Home]:
+def make_home() -> Iterator[Home]:
     """A clean home, and a lock of the base image that every workspace of the session starts from."""
     # Not pytest's tmp_path: unix sockets need short paths.
     path = Path(tempfile.mkdtemp(prefix="nbx"))
