@@ -1,7 +1,8 @@
 # make up     set up, build the image, boot the example and run a first command in it
 # make test   every test
 # make box    a shell on a KVM host that QEMU emulates (tests/kvm)
-.PHONY: setup box up down test lint format bench lock clean
+# make bench, bench-kvm   the measurements; those under KVM in an emulated host
+.PHONY: setup box up down test lint format bench bench-kvm lock clean
 
 NIXBOX = ../../.venv/bin/nixbox
 
@@ -14,7 +15,8 @@ up: setup
 down:
 	@cd examples/hello && $(NIXBOX) down
 
-test: setup
+test:
+	@scripts/setup test
 	@.venv/bin/pytest
 
 lint: setup
@@ -33,10 +35,14 @@ bench:
 	@scripts/setup bench
 	@.venv/bin/python -m bench
 
+bench-kvm:
+	@scripts/setup bench
+	@.venv/bin/python -m bench.kvm
+
 # Move the Python dependencies to today's versions (needs uv from PyPI).
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 --extra dev pyproject.toml --output-file requirements.lock
+	  --python-version 3.11 --extra dev --extra krun pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -112,7 +112,7 @@ def no_op(bench: Bench) -> None:
     bench.row("nixbox build, nothing to do", ms(seconds), "", "", "≤ 500 ms")
     rows = json.loads(bench.nixbox("image", "list", "--json"))
     size = next(row["size_bytes"] for row in rows if row["path"] == str(image))
-    root = store_file(image, "root.squashfs").stat().st_size
+    root = store_file(image, "root.img").stat().st_size
     bench.row("image", f"{size / 1e6:.0f} MB", f"of which root {root / 1e6:.0f} MB")
 
 

@@ -40,7 +40,7 @@ def spec(
         name=NAME,
         kernel=store.physical(image / "vmlinux"),
         initrd=store.physical(image / "initrd"),
-        root=store.physical(image / "root.squashfs"),
+        root=store.physical(image / "root.img"),
         overlay=work / "overlay",
         console_log=work / "console",
         vcpus=vcpus,

@@ -1,4 +1,4 @@
-# An image from a lock: kernel, initrd, read-only root, image.json.
+# An image from a lock: kernel, initrd, read-only root, image.json; libkrun's kernel and first root if the lock has it.
 #
 #   lock          the parsed nixbox.lock
 #   mirrors       where each repository of the lock is fetched from, e.g. { debian = "http://…/debian"; }
@@ -15,7 +15,7 @@ let
     inherit lock mirrors system build buildNetwork;
     guest = ./guest;
   };
-  imageJson = builtins.toJSON {
+  imageJson = builtins.toJSON ({
     format = 1;
     inherit (lock) arch;
     base = lock.base;
@@ -24,7 +24,7 @@ let
     build = map (s: s.origin) build;
     reproducible = !(buildNetwork && build != [ ]);
     packages = base.packages;
-  };
+  } // (if base.krun == null then { } else { krun = { inherit (lock.krun) release origin; }; }));
 in
 {
   inherit (base) inputs;
@@ -33,13 +33,20 @@ in
     inherit imageJson; # not `meta`: newer Nix wants a set there
     inherit (base) kernel initrd rootImage;
     host = base.hostTools;
+    krunKernel = base.krun.kernel or null;
+    krunBoot = base.krun.boot or null;
     passAsFile = [ "imageJson" ];
   } ''
     mkdir $out
     ln -s $kernel/vmlinux $kernel/bzImage $kernel/release $out/
     ln -s $initrd $out/initrd
-    ln -s $rootImage $out/root.squashfs
+    ln -s $rootImage $out/root.img
     [ -z "$host" ] || ln -s $host $out/host # what the host runs for a machine
+    [ -z "$krunKernel" ] || { # for machines on libkrun
+      mkdir $out/krun
+      ln -s $krunKernel/vmlinux $out/krun/
+      ln -s $krunBoot $out/krun/boot
+    }
     cp $imageJsonPath $out/image.json
   '';
 }

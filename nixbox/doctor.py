@@ -35,6 +35,7 @@ def examine() -> Iterator[Finding]:
     yield from _nix()
     yield from _qemu()
     yield _accelerator()
+    yield _libkrun()
     for program, why in (("ssh", "reaches the guest"), ("ssh-keygen", "makes its keys"), ("mke2fs", "its disk")):
         yield _program(program, why)
     yield _apt()
@@ -86,6 +87,16 @@ def _accelerator() -> Finding:
     choice = accelerator.choose("auto")
     level: Level = "warning" if choice.accelerator == "tcg" else "ok"
     return Finding(level, "accelerator", f"{choice.accelerator}: {choice.reason}", choice.hint)
+
+
+def _libkrun() -> Finding:
+    from nixbox.config.cache import krun_library
+    from nixbox.machine import libkrun
+
+    try:
+        return Finding("ok", "libkrun", f"{libkrun.find(krun_library())}, for `--backend krun`")
+    except NixboxError as error:
+        return Finding("ok", "libkrun", f"not used: {error.message}", error.hint)
 
 
 def _apt() -> Finding:

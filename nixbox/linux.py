@@ -22,6 +22,8 @@ _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
+CAP_SETGID, CAP_SETUID = 6, 7  # linux/capability.h
+_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # sys/mount.h
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 32, 4096, 16384, 1 << 18, 1 << 19
@@ -65,7 +67,7 @@ def own_user_namespace(further: int, ident: int | None = None) -> None:
 
 
 def give_up() -> None:
-    """Never have a capability again, whatever this process executes."""
+    """Never have a capability again, whatever this process executes: from then on. See `keep_only` for until then."""
     checked(_libc.prctl(_PR_SET_SECUREBITS, _SECBITS_NOROOT_LOCKED, 0, 0, 0))
     for capability in range(_LAST_CAPABILITY + 1):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
@@ -73,6 +75,14 @@ def give_up() -> None:
                 checked(-1)
             break  # this kernel knows no more
     checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def keep_only(*capabilities: int) -> None:
+    """Have no other capability from now on (capset(2)): for a process of one thread, which it is about."""
+    kept = sum(1 << capability for capability in capabilities)
+    header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
+    # Effective, permitted and inheritable; then those from the 32nd on.
+    checked(_libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)))
 
 
 def end_with_parent(parent: int) -> None:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from nixbox.errors import NixboxError
 from nixbox.machine import snapshot, usage
-from nixbox.machine.record import MachineDir
+from nixbox.machine.record import MachineDir, Record
 from nixbox.machine.usage import Usage
 from nixbox.plan.model import Shared
 from nixbox.report import harmless
@@ -66,7 +66,7 @@ def machine_view(machine: MachineDir) -> MachineView:
     down = "suspended" if kept is not None and not why else "stopped"
     return MachineView(
         name=record.name,
-        state=_state(machine, record.ready) if alive else down,
+        state=_state(machine, record) if alive else down,
         workspace=str(machine.workspace),
         image=record.image,
         backend=record.backend,
@@ -109,13 +109,13 @@ def machine_views(machines: list[MachineDir]) -> list[MachineView]:
     return found
 
 
-def _state(machine: MachineDir, ready: bool) -> str:
-    if not ready:
+def _state(machine: MachineDir, record: Record) -> str:
+    if not record.ready:
         return "starting"
-    from nixbox.machine.qemu import Qemu
+    from nixbox.machine import backends
 
     try:
-        return Qemu().status(machine.sockets)
+        return backends.named(record.backend).status(machine.sockets)
     except NixboxError:
         # Somebody else is speaking to the monitor, or the VM is just ending: the lock says that it lives.
         return "running"

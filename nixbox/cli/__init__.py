@@ -127,6 +127,9 @@ def up(
     profile: Profile = None,
     cpus: Annotated[int | None, typer.Option("--cpus", metavar="N", help="vCPUs instead of the config's.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Memory, e.g. 4GiB.")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="NAME", help="auto, qemu, krun or cloud-hypervisor.")
+    ] = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="A variable for the guest.")
     ] = None,
@@ -146,6 +149,7 @@ def up(
         profile=profile,
         vcpus=cpus,
         memory=memory,
+        backend=backend,
         env=_pairs(env, "--env"),
         env_from_host=tuple(env_from_host or ()),
     )
@@ -194,7 +198,7 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     resolve_env(loaded.settings, os.environ)
     why = ensure.stale(box.workspace, plan.image)
     image = ensure.current(box.workspace, plan.image)
-    choice = accelerator.choose(plan.machine.accelerator)
+    choice = accelerator.choose(plan.machine.accelerator, plan.machine.backend)
     state = "running" if box.machine.alive() else "stopped" if box.machine.exists() else "new"
     if as_json:
         print_json(
@@ -208,6 +212,7 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     print(f"machine      {spec.name} ({state})")
     print(f"lock         {'would be made: ' + why if why else 'fits the config'}")
     print(f"image        {image.path if image else 'would be built'}")
+    print(f"backend      {spec.backend}")
     print(f"accelerator  {choice.accelerator}: {choice.reason}")
     print(f"resources    {spec.vcpus} vCPUs, {spec.memory_mib} MiB memory, {spec.disk_mib} MiB disk")
     print(f"env          {', '.join(spec.env_names) or '-'}")

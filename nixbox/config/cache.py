@@ -31,6 +31,7 @@ from nixbox.config.settings import (
 from nixbox.errors import NixboxError
 
 if TYPE_CHECKING:
+    from nixbox.config.schema import UserSettings
     from nixbox.config.sources import Sources
 
 
@@ -136,9 +137,21 @@ def template_limit_bytes() -> int:
 
     Raises one ConfigError with every fault of that file.
     """
+    settings = _user_settings()
+    return (TEMPLATE_LIMIT_MIB if settings is None else settings.templates.limit) << 20
+
+
+def krun_library() -> str | None:
+    """`[krun] library` of the user's settings.toml. Raises one ConfigError with every fault of that file."""
+    settings = _user_settings()
+    return None if settings is None else settings.krun.library
+
+
+def _user_settings() -> UserSettings | None:
+    """The user's settings.toml, which is seldom there."""
     path = paths.user_config_dir() / paths.SETTINGS_FILE
     if not path.exists():
-        return TEMPLATE_LIMIT_MIB << 20
+        return None
     from nixbox.config.load import user_settings
 
-    return user_settings(path).templates.limit << 20
+    return user_settings(path)

@@ -109,7 +109,9 @@ def user_settings(path: Path) -> schema.UserSettings:
     found = None if data is None else reading.check(schema.UserSettings, data, reading.label(path))
     if found is None:
         raise ConfigError(
-            f"{path} has a fault", '[templates] limit = "20GiB" is all that it may hold', reading.faults
+            f"{path} has a fault",
+            '[templates] limit = "20GiB" and [krun] library = "/PATH/libkrun.so" are all that it may hold',
+            reading.faults,
         )
     return found
 
@@ -191,10 +193,13 @@ class _Reading:
     def command_line(self, overrides: Overrides) -> Config | None:
         """The overrides as a config of their own, so that they are checked by the same rules."""
         resources = {"vcpus": overrides.vcpus, "memory": overrides.memory}
+        machine = {"backend": overrides.backend} if overrides.backend is not None else {}
         data: dict[str, Any] = {
             "resources": {key: value for key, value in resources.items() if value is not None},
             "env": dict(overrides.env) | {name: {"from_host": name} for name in overrides.env_from_host},
         }
+        if machine:
+            data["machine"] = machine
         if overrides.profile is not None:
             data["profile"] = overrides.profile
         found, faults = schema.validate(Config, data)
@@ -267,7 +272,12 @@ def _plugin_refs(user: Mapping[str, Any]) -> list[Any]:
 
 def _option(fault: Fault, overrides: Overrides) -> str:
     """The command line option a fault is about."""
-    options = {"profile": "--profile", "resources.vcpus": "--cpus", "resources.memory": "--memory"}
+    options = {
+        "profile": "--profile",
+        "resources.vcpus": "--cpus",
+        "resources.memory": "--memory",
+        "machine.backend": "--backend",
+    }
     if fault.path in options:
         return options[fault.path]
     name = fault.path.removeprefix("env.").removesuffix(".from_host")
@@ -413,4 +423,5 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         debian_security_mirror=values["debian.security_mirror"],
         suite=values["debian.suite"],
         accelerator=values["machine.accelerator"],
+        backend=values["machine.backend"],
     )

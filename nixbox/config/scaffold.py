@@ -95,6 +95,8 @@ ${base}
 [machine]
 # "auto" takes the best of "kvm", "hvf" and "tcg" that works here (`nixbox doctor` says which).
 #accelerator = "${accelerator}"
+# The hypervisor: "qemu", or with KVM also "krun" (libkrun) and "cloud-hypervisor". "auto" takes QEMU if it is there.
+#backend = "${backend}"
 """)
 
 _GITIGNORE = """\
@@ -231,6 +233,7 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         allow_private=str(default.network.allow_private).lower(),
         suite=default.debian.suite,
         accelerator=default.machine.accelerator,
+        backend=default.machine.backend,
     )
 
 

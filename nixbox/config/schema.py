@@ -45,6 +45,7 @@ from nixbox.config.settings import TEMPLATE_LIMIT_MIB
 Base = Literal["debian", "nixpkgs"]
 NetworkMode = Literal["off", "filtered", "open"]
 Accelerator = Literal["auto", "kvm", "hvf", "tcg"]
+Backend = Literal["auto", "qemu", "krun", "cloud-hypervisor"]
 BASES: tuple[Base, ...] = get_args(Base)
 EVENTS = ("pre-up", "post-up", "pre-down", "post-down")
 
@@ -161,6 +162,7 @@ class MachineTable(_Model):
     """How the machine is run."""
 
     accelerator: Accelerator = "auto"
+    backend: Backend = "auto"
 
 
 class Config(_Model):
@@ -208,10 +210,17 @@ class TemplateSettings(_Model):
     limit: Size = TEMPLATE_LIMIT_MIB
 
 
+class KrunSettings(_Model):
+    """Where libkrun is, if not where the loader or the package smolmachines has it."""
+
+    library: HostPath | None = None
+
+
 class UserSettings(_Model):
     """`settings.toml` of the user's own configuration directory: what belongs to no workspace."""
 
     templates: TemplateSettings = TemplateSettings()
+    krun: KrunSettings = KrunSettings()
 
 
 class PluginNetwork(_Model):

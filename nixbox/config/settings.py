@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nixbox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nixbox.config.schema import Accelerator, Base, NetworkMode
+    from nixbox.config.schema import Accelerator, Backend, Base, NetworkMode
 
 
 TEMPLATE_LIMIT_MIB = 20 << 10  # unless the user's settings.toml says otherwise
@@ -107,6 +107,7 @@ class Overrides:
     profile: str | None = None
     vcpus: int | None = None
     memory: str | None = None
+    backend: str | None = None
     env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     env_from_host: tuple[str, ...] = ()
 
@@ -144,6 +145,7 @@ class Settings:
     debian_security_mirror: str | None
     suite: str
     accelerator: Accelerator
+    backend: Backend
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def _tree(settings: Settings) -> dict[str, Any]:
             "security_mirror": settings.debian_security_mirror,
             "suite": settings.suite,
         },
-        "machine": {"accelerator": settings.accelerator},
+        "machine": {"accelerator": settings.accelerator, "backend": settings.backend},
     }
 
 

@@ -16,7 +16,7 @@ from nixbox.report import Reporter
 
 # Of the image's base set (resolve.BASE_REQUEST), what nix/guest cannot do without and older locks may lack.
 _GUEST_NEEDS = {"dropbear-bin", "openssh-server", "e2fsprogs"}
-
+_NO_KRUN = "the lock has no kernel for libkrun yet"
 
 lock_path = lockfile.path
 
@@ -31,6 +31,7 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
         if lockfile.only_pins(data):
             return "there is no lock yet"
         suite, requested, base = data["suite"], sorted(data["requested"]), set(data["base_requested"])
+        tools = {tool["name"] for tool in data["tools"]}
     except FileNotFoundError:
         return "there is no lock yet"
     except (ValueError, KeyError, TypeError):
@@ -41,8 +42,10 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
     if requested != wanted:
         new, gone = sorted(set(wanted) - set(requested)), sorted(set(requested) - set(wanted))
         return "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names)
-    if not base >= _GUEST_NEEDS or "host" not in data:
+    if not base >= _GUEST_NEEDS or "erofs-utils" not in tools or "host" not in data:
         return "the lock was made by an older nixbox"
+    if spec.krun and data.get("krun") is None:
+        return _NO_KRUN
     return None
 
 
@@ -54,10 +57,20 @@ def current(workspace: Path, spec: ImageSpec) -> Image | None:
 
 
 def relock(
-    workspace: Path, spec: ImageSpec, mirror: str | None, security: str | None, reporter: Reporter
+    workspace: Path,
+    spec: ImageSpec,
+    mirror: str | None,
+    security: str | None,
+    reporter: Reporter,
+    *,
+    libkrun: Path | None = None,
 ) -> list[str]:
-    """Resolve the package set anew and write the lock; returns what changed, a line each."""
-    from nixbox.image import apt, lock, resolve
+    """Resolve the package set anew and write the lock; returns what changed, a line each.
+
+    libkrun's kernel becomes this host's (`libkrun` as for `ensure`) where `spec` asks for one; a host without one
+    keeps the lock's.
+    """
+    from nixbox.image import apt, krunfw, lock, resolve
 
     run.tool("nix-store")  # said now rather than after the mirror was read
     path = lock_path(workspace)
@@ -65,11 +78,26 @@ def relock(
         old = lock.load(path)
     except ConfigError:  # none, or one that this is the mend for
         old = None
+    kernel = old.krun if old else None
+    if spec.krun:
+        library = krunfw.locate(libkrun) if kernel else krunfw.find(libkrun)
+        kernel = krunfw.inspect(library) if library else kernel
     mirrors = apt.mirrors(mirror, security)
     new = resolve.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    new = new.model_copy(update={"krun": kernel})
     with suppress(ConfigError):  # pins that cannot be read are resolved anew
         new = new.model_copy(update={"plugins": tuple(lockfile.pins(path).values())})
     lock.save(new, path)
+    return lock.changes(old, new).lines()
+
+
+def _add_krun(workspace: Path, libkrun: Path | None) -> list[str]:
+    """Put this host's libkrun kernel into a lock that has none, and leave all else in it; returns what changed."""
+    from nixbox.image import krunfw, lock
+
+    old = lock.load(lock_path(workspace))
+    new = old.model_copy(update={"krun": krunfw.inspect(krunfw.find(libkrun))})
+    lock.save(new, lock_path(workspace))
     return lock.changes(old, new).lines()
 
 
@@ -81,10 +109,12 @@ def ensure(
     reporter: Reporter,
     *,
     locked: bool = False,
+    libkrun: Path | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Image:
     """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit.
 
+    `libkrun`: the library whose kernel an image for libkrun gets, where one is named (krunfw.locate).
     `phase` is entered for each of the parts `lock` and `build`.
     """
     with phase("lock"), lockfile.one_at_a_time(workspace):
@@ -92,8 +122,11 @@ def ensure(
         if why and locked:
             raise ConfigError(f"the lock does not fit the config: {why}", hint="`nixbox lock`, and commit the result")
         if why:
-            reporter.phase(f"locking packages ({why})")
-            changed = relock(workspace, spec, mirror, security, reporter)
+            if why == _NO_KRUN:  # the packages stay as they are, and no mirror is asked
+                changed = _add_krun(workspace, libkrun)
+            else:
+                reporter.phase(f"locking packages ({why})")
+                changed = relock(workspace, spec, mirror, security, reporter, libkrun=libkrun)
             if len(changed) <= 20:
                 for line in changed:
                     reporter.note(line)
@@ -106,7 +139,7 @@ def ensure(
         found = build.built(image_key)
         if found is not None:
             return found
-        return _build(workspace, text, spec, image_key, mirror, security, reporter)
+        return _build(workspace, text, spec, image_key, mirror, security, reporter, libkrun)
 
 
 def _build(
@@ -117,6 +150,7 @@ def _build(
     mirror: str | None,
     security: str | None,
     reporter: Reporter,
+    libkrun: Path | None,
 ) -> Image:
     from nixbox.image import apt, fetch, lock, store
 
@@ -132,7 +166,7 @@ def _build(
     paths.write_atomic(path, text)
     mirrors = apt.mirrors(mirror, security)
     reporter.phase("looking for the packages in the Nix store")
-    fetch.ensure(loaded, mirrors, reporter.transfer)
+    fetch.ensure(loaded, mirrors, reporter.transfer, libkrun)
     reporter.phase("evaluating the image")
     expression = build.expression(spec, path, mirrors.as_dict())
     try:

@@ -21,11 +21,11 @@ from urllib.parse import quote
 
 from nixbox import paths, run
 from nixbox.errors import NixboxError
-from nixbox.image import store
+from nixbox.image import krunfw, store
 
 if TYPE_CHECKING:
     from nixbox.image.apt import Mirrors
-    from nixbox.image.lock import Lock, LockedPackage
+    from nixbox.image.lock import KrunKernel, Lock, LockedPackage
 
 BUSYBOX = "nixbox-busybox"
 # (bytes so far, bytes in all, files so far, files in all)
@@ -173,9 +173,30 @@ def busybox_nar_hash(package: LockedPackage, mirrors: Mirrors) -> str:
         return store.nar_hash(_unpack_busybox(deb, work))
 
 
-def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None) -> int:
+def _add_krun(kernel: KrunKernel, libkrun: Path | None, work: Path) -> None:
+    """Put the library of libkrun's kernel into the store, if it is not there. Raises NixboxError, HostError."""
+    if not store.invalid([store.flat_path(kernel.file, kernel.sha256)]):
+        return
+    library = krunfw.locate(libkrun)
+    if library is None or _sha256(library) != kernel.sha256:
+        here = f"the one of {krunfw.origin(library)}" if library else "none"
+        package, _, version = kernel.origin.partition(" ")
+        hint = f"pip install {package}=={version}" if version else "NIXBOX_LIBKRUNFW names another one"
+        if library:
+            hint += "; or, where the config asks for libkrun, `nixbox lock` takes the one that is here"
+        raise NixboxError(
+            f"nixbox.lock names the libkrunfw of {kernel.origin} ({kernel.sha256[:8]}…), and {here} is here",
+            hint=hint,
+        )
+    # Under the name that the build knows: the file here may be a link, and be called otherwise.
+    shutil.copyfile(library, work / kernel.file)
+    store.add_files([work / kernel.file])
+
+
+def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None, libkrun: Path | None = None) -> int:
     """Put every file of the lock, and the bootstrap, into the store; returns how many were fetched.
 
+    libkrun's kernel comes from this host (krunfw.locate), for no mirror has it, and so before anything is fetched.
     Without apt on the host only the bootstrap is brought here; Nix fetches the rest by the same hashes.
     """
     wanted = {deb_path(p): p for p in lock.all_packages()}
@@ -185,6 +206,8 @@ def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None) -> in
         missing &= {deb_path(bootstrap)}
     fetched = 0
     with _work_dir() as work:
+        if lock.krun:
+            _add_krun(lock.krun, libkrun, work)
         if missing:
             packages = [wanted[path] for path in sorted(missing)]
             files = _download(packages, mirrors, work, progress)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nixbox import paths
 from nixbox.errors import ConfigError
@@ -47,6 +47,32 @@ class Bootstrap(_Strict):
     nar_hash: str = Field(pattern=r"^sha256-[A-Za-z0-9+/]{43}=$")
 
 
+class KrunKernel(_Strict):
+    """The kernel that libkrunfw carries, which machines on libkrun boot.
+
+    `file` of `size` bytes is the library and `origin` says in words where it came from; the kernel is `length` bytes
+    at `offset` of it, belongs at the guest's address `load` and begins to run at `entry`. `release` is uname's.
+    """
+
+    file: str = Field(pattern=r"^libkrunfw\.so\.[0-9]+$")
+    origin: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .+!_-]*$", max_length=100)
+    size: int = Field(gt=0)
+    sha256: str = Field(pattern=_SHA256)
+    offset: int = Field(ge=0)
+    length: int = Field(gt=0)
+    load: int = Field(ge=0, lt=2**63)  # Nix's integers have a sign
+    entry: int = Field(ge=0, lt=2**63)
+    release: str = Field(pattern=r"^[0-9][A-Za-z0-9.+_-]*$")
+
+    @model_validator(mode="after")
+    def _is_inside(self) -> Self:
+        if self.offset + self.length > self.size:
+            raise ValueError("the kernel ends after its file does")
+        if not self.load <= self.entry < self.load + self.length:
+            raise ValueError("the kernel's entry is not in the kernel")
+        return self
+
+
 class Lock(_Strict):
     """A whole lock of the Debian base."""
 
@@ -62,6 +88,7 @@ class Lock(_Strict):
     base_packages: tuple[LockedPackage, ...]
     packages: tuple[LockedPackage, ...]
     host: tuple[LockedPackage, ...] = ()  # what the host runs for a machine: virtiofsd
+    krun: KrunKernel | None = None  # where the config asks for libkrun
     plugins: tuple[Annotated[Pin, BeforeValidator(lockfile.pin)], ...] = ()  # from GitHub; no part of the image
 
     def all_packages(self) -> list[LockedPackage]:
@@ -91,8 +118,8 @@ def parse(text: str, path: Path) -> Lock:
 
 
 def dump(lock: Lock) -> str:
-    """The lock as text: one package or plugin a line, keys in a fixed order."""
-    data = lock.model_dump(exclude={"plugins"})
+    """The lock as text: one package or plugin a line, keys in a fixed order; what most locks lack only if there."""
+    data = lock.model_dump(exclude={"plugins"} if lock.krun else {"plugins", "krun"})
     if lock.plugins:
         data["plugins"] = [pin.row for pin in lock.plugins]
     return lockfile.render(data)
@@ -127,7 +154,11 @@ def changes(old: Lock | None, new: Lock) -> Changes:
     """What a new lock changes in the image (not in the build's tools)."""
 
     def versions(lock: Lock) -> dict[str, str]:
-        return {p.name: p.version for p in (*lock.base_packages, *lock.packages, lock.kernel)}
+        found = {p.name: p.version for p in (*lock.base_packages, *lock.packages, lock.kernel)}
+        if krun := lock.krun:
+            # Of one release there may be many builds.
+            found["libkrun's kernel"] = f"{krun.release} ({krun.origin}, {krun.sha256[:8]})"
+        return found
 
     before, after = versions(old) if old else {}, versions(new)
     return Changes(

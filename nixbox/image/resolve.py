@@ -31,6 +31,7 @@ TOOLS_REQUEST = (
     "apt",
     "apt-utils",
     "cpio",
+    "erofs-utils",
     "fakeroot",
     "kmod",
     "mawk",

@@ -9,7 +9,7 @@ from typing import Literal
 from nixbox import paths
 from nixbox.errors import HostError
 from nixbox.machine.kvm import KvmState, cached_probe
-from nixbox.plan.model import Accelerator
+from nixbox.plan.model import Accelerator, BackendName
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Choice:
     hint: str | None = None
 
 
-def choose(wanted: Literal["auto", "kvm", "hvf", "tcg"]) -> Choice:
-    """Choose for this host. Raises HostError when the config asks for one that cannot work here."""
+def choose(wanted: Literal["auto", "kvm", "hvf", "tcg"], backend: BackendName = "qemu") -> Choice:
+    """Choose for this host, and a backend. Raises HostError when what is asked for cannot work here."""
     if wanted == "tcg":
         return Choice("tcg", "the config asks for software emulation")
     if sys.platform == "darwin":  # not run on the machines that this was written on
@@ -34,6 +34,9 @@ def choose(wanted: Literal["auto", "kvm", "hvf", "tcg"]) -> Choice:
     probe = cached_probe(paths.cache_dir())
     if probe.state is KvmState.USABLE:
         return Choice("kvm", probe.reason)
+    if backend != "qemu":
+        hint = "; ".join(filter(None, (probe.hint, "`--backend qemu` runs without KVM, more slowly")))
+        raise HostError(f"the backend {backend} needs KVM, which cannot be used: {probe.reason}", hint=hint)
     if wanted == "kvm":
         raise HostError(f"KVM cannot be used: {probe.reason}", hint=probe.hint)
     return Choice("tcg", f"software emulation, since KVM cannot be used: {probe.reason}", probe.hint)

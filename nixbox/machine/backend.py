@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from nixbox.jails import Share
 from nixbox.plan.model import Accelerator, Queue
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a backend can do; a request beyond it fails in planning."""
+    """What a backend can do; a request beyond it fails in planning.
+
+    `restore`: a running machine is saved and goes on elsewhere or later (templates, suspend, fork). `hot_plug`:
+    directories of the host come and go while a machine runs. `emulates`: it runs on hosts without KVM or HVF.
+    """
 
     restore: bool
     hot_plug: bool
+    emulates: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,8 @@ class VmSpec:
 
     `memory_file` None: anonymous memory. `incoming`: it waits for the state of a saved VM instead of booting.
     `bound`: it ends when the process that started it does. `return_memory`: what the guest frees goes back to the
-    host, which makes holes in a memory file.
+    host, which makes holes in a memory file. `shares` are directories of the host by their tags, for a backend that
+    cannot plug them in later.
     """
 
     name: str
@@ -53,6 +60,7 @@ class VmSpec:
     incoming: bool = False
     bound: bool = False
     return_memory: bool = False
+    shares: tuple[tuple[str, Share], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,10 @@ class Network(Protocol):
         """The TAP device, an open descriptor."""
         ...
 
+    def join(self) -> None:
+        """`join_for_good` for a process that gives up its rights later, in namespaces of its own. Raises OSError."""
+        ...
+
     def join_for_good(self) -> None:
         """Called in the VM's process before it executes the hypervisor. Raises OSError."""
         ...
@@ -87,6 +99,8 @@ class Backend(Protocol):
 
     name: str
     features: Features
+    kernel: str  # its kernel in an image, and what is beside it: an initrd, or a directory that is one
+    initrd: str
 
     def check_host(self) -> None:
         """Raise HostError when this host cannot run the backend: asked before anything is built."""

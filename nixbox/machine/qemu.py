@@ -24,7 +24,7 @@ _QUEUE = 512  # requests that may wait at a time
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
 
 
-def _listen(path: Path) -> socket.socket:
+def listening(path: Path) -> socket.socket:
     """A listening unix socket, private to this user; a stale one is replaced."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -42,7 +42,8 @@ class Qemu:
     """Backend `qemu`: runs anywhere QEMU does, with KVM, Apple's hypervisor or software emulation."""
 
     name = "qemu"
-    features = Features(restore=True, hot_plug=True)
+    features = Features(restore=True, hot_plug=True, emulates=True)
+    kernel, initrd = "vmlinux", "initrd"
 
     def check_host(self) -> None:
         """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
@@ -86,9 +87,9 @@ class Qemu:
     ) -> int:
         """Start QEMU in its network namespace with the listening sockets and `pass_fds` as inherited descriptors."""
         with (
-            _listen(sockets.control) as control,
-            _listen(sockets.monitor) as monitor,
-            _listen(sockets.shell) as shell,
+            listening(sockets.control) as control,
+            listening(sockets.monitor) as monitor,
+            listening(sockets.shell) as shell,
         ):
             fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno(), network.tap)
             argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")

@@ -9,6 +9,7 @@ docs/decisions/011-templates.md.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -245,10 +246,16 @@ def _damage(path: Path, key: Key | None) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a template, which those who use it do not notice."""
+    """Remove a template, which those who use it do not notice. Raises OSError."""
     gone = path.with_name(f".gone-{path.name}-{os.urandom(4).hex()}")
-    with contextlib.suppress(FileNotFoundError):
+    try:
         path.rename(gone)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        gone = path  # a container's image has it: its file system (overlayfs) renames no directory of a lower layer
     if gone.is_dir() and not gone.is_symlink():
         shutil.rmtree(gone, ignore_errors=True)
     else:

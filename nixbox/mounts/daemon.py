@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from nixbox import run
+from nixbox import jails, run
 from nixbox.errors import HostError
 from nixbox.mounts import health, jail
 from nixbox.mounts.places import Place
@@ -72,7 +71,7 @@ def argv(path: str, listener: int, *, readonly: bool) -> list[str]:
     # The jail is better than its own sandboxes, which need root or helpers; the limit is raised there.
     words += ["--sandbox", "none", "--rlimit-nofile", "0", "--log-level", "warn"]
     for option in ("uid", "gid"):
-        words += [f"--translate-{option}", f"squash-guest:0:{jail.USER}:4294967295"]
+        words += [f"--translate-{option}", f"squash-guest:0:{jails.USER}:4294967295"]
     return [*words, "--readonly"] if readonly else words
 
 
@@ -91,12 +90,11 @@ def start(chosen: Program, place: Place, runtime: Path, tag: str, log: Path) -> 
     """
     room = runtime / "jail"
     room.mkdir(mode=0o700, exist_ok=True)
-    cell = jail.Jail(room, chosen.tree, place.source, place.inode, place.mount.readonly, place.masks)
-    lock = os.open(health.lock_file(runtime, tag), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    cell = jail.Jail(room, chosen.tree, place.share)
+    lock = health.hold(runtime, tag)
     ours = socket.socket(socket.AF_UNIX)
     path = runtime / "fs"
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         with socket.socket(socket.AF_UNIX) as listener:
             path.unlink(missing_ok=True)
             listener.bind(str(path))

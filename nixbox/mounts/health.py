@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 from nixbox import locks
@@ -11,12 +13,19 @@ MANY_DESCRIPTORS = 100_000
 
 
 def lock_file(runtime: Path, tag: str) -> Path:
-    """The lock that the virtiofsd of a mount holds."""
+    """The lock that whoever serves a mount holds: its virtiofsd, or a hypervisor that does it itself."""
     return runtime / f"{tag}.lock"
 
 
+def hold(runtime: Path, tag: str) -> int:
+    """Take that lock; the descriptor is for whoever serves the mount to inherit. Raises OSError."""
+    lock = os.open(lock_file(runtime, tag), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def lives(runtime: Path, tag: str) -> bool:
-    """Whether the virtiofsd of a mount is there."""
+    """Whether whoever serves a mount is there."""
     return locks.held(lock_file(runtime, tag))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from nixbox import paths
 from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError
-from nixbox.mounts.jail import Inode
+from nixbox.jails import Inode, Share
 
 # Of these the host keeps no file that a tool would not make again, and a tool opens thousands of them.
 CACHES = frozenset(
@@ -36,6 +36,11 @@ class Place:
     def moved(self) -> bool:
         """Whether the source is behind symbolic links."""
         return self.mount.source != str(self.source)
+
+    @property
+    def share(self) -> Share:
+        """What of it a guest gets."""
+        return Share(self.source, self.inode, self.mount.readonly, self.masks)
 
 
 def guest_path(target: str, user: str) -> str:

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nixbox.network import namespace, policy
-from nixbox.plan.model import NETWORK_MTU
 
 # linux/sockios.h
-_SIOCSIFMTU = 0x8922
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x890B, 0x8914, 0x8916, 0x891C, 0x8924
 _ARPHRD_ETHER = 1
 _RTF_UP = 1
@@ -73,7 +71,6 @@ def set_up_device() -> None:
         # The same in every namespace: a guest that was saved knows it still.
         mac = bytes.fromhex(policy.GATEWAY_MAC.replace(":", ""))
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", policy.DEVICE.encode(), _ARPHRD_ETHER, mac))
-        fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", policy.DEVICE.encode(), NETWORK_MTU))
         address(_SIOCSIFADDR, policy.GATEWAY)
         mask = 0xFFFFFFFF << (32 - policy.PREFIX) & 0xFFFFFFFF
         address(_SIOCSIFNETMASK, socket.inet_ntoa(struct.pack("!I", mask)))

@@ -17,8 +17,10 @@ from typing import Self
 from nixbox import linux
 from nixbox.errors import HostError
 from nixbox.network import policy
+from nixbox.plan.model import NETWORK_MTU
 
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
+_SIOCSIFMTU = 0x8922  # linux/sockios.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
@@ -39,9 +41,13 @@ class Namespace:
         for fd in (self.user, self.net, self.tap):
             os.close(fd)
 
-    def join_for_good(self) -> None:
-        """Let this process live in the namespaces without any right over them: for a child, before it executes."""
+    def join(self) -> None:
+        """Let this process enter the namespaces: for a child, before it executes."""
         join(self.user, self.net)
+
+    def join_for_good(self) -> None:
+        """`join`, without any right over them."""
+        self.join()
         linux.give_up()
 
 
@@ -106,6 +112,8 @@ def _make(answer: socket.socket) -> None:
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", policy.DEVICE.encode(), flags))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:  # before any hypervisor asks for it
+            fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", policy.DEVICE.encode(), NETWORK_MTU))
         user, net = of_process(os.getpid())
         socket.send_fds(answer, [b"done"], [user, net, tap])
     except OSError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
-from nixbox.plan.model import Policy
+from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, Policy
 
 # The same in every machine: each has a network namespace of its own.
 DEVICE = "tap0"
 GATEWAY = "10.0.2.2"
 GATEWAY_MAC = "02:00:00:00:00:02"
-GUEST = "10.0.2.15"
+GUEST = GUEST_ADDRESS
 PREFIX = 24
 DNS_PORT = 53
 LOG_GROUP = 1  # of nfnetlink_log, in the namespace
@@ -88,6 +88,7 @@ table inet nixbox {{
     iifname != "{DEVICE}" ct state established,related accept
     iifname != "{DEVICE}" drop
     ip saddr {GUEST} ip daddr {GATEWAY} meta l4proto {{ tcp, udp }} th dport {DNS_PORT} accept
+    ip saddr {GUEST} ip daddr {GATEWAY} tcp sport {GUEST_SHELL_PORT} ct state established accept
     goto refuse
   }}
   chain output {{

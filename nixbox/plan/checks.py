@@ -8,9 +8,10 @@ from nixbox.errors import ConfigError
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
+    from nixbox.plan.model import BackendName
 
 
-def check(loaded: Loaded) -> None:
+def check(loaded: Loaded, backend: BackendName = "qemu") -> None:
     """Raise one ConfigError with every setting that cannot be served, and every variable that a plugin misses."""
     settings = loaded.settings
     faults = []
@@ -23,6 +24,8 @@ def check(loaded: Loaded) -> None:
 
     if settings.base == "nixpkgs":
         refuse("base", 'this version has the `debian` base only; use base = "debian"')
+    if backend != "qemu" and settings.accelerator == "tcg":
+        refuse("machine.accelerator", f'the backend {backend} emulates nothing: "auto", or backend = "qemu"')
     if settings.network_mode != "filtered":
         for field in ("domains", "ports"):
             of = [loaded.origins[f"network.{field}[{i}]"] for i in range(len(getattr(settings, field)))]

@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from nixbox.config.settings import Mount, Seed
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
+BackendName = Literal["qemu", "krun", "cloud-hypervisor"]
 
 # Bytes: of the guest's card, its namespace's end of it, and pasta's device. What leaves is taken apart and sent anew
 # by the host's own sockets (passt(1)), so packets may be large.
 NETWORK_MTU = 65520
+GUEST_ADDRESS = "10.0.2.15"  # the same in every machine: each has a network namespace of its own
+GUEST_SHELL_PORT = 2  # of nixbox's own sessions, where the hypervisor has no serial port for them (nix/guest/stage2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,14 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """Everything that changes the image, and nothing else."""
+    """Everything that changes the image, and nothing else. `krun`: it must hold libkrun's kernel too."""
 
     base: str
     suite: str
     packages: tuple[str, ...]
     build: tuple[Script, ...]
     build_network: bool
+    krun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class MachineSpec:
     published: tuple[tuple[int, int], ...] = ()
     mounts: tuple[Mount, ...] = ()
     seeds: tuple[Seed, ...] = ()
+    backend: BackendName = "qemu"
 
 
 @dataclass(frozen=True, slots=True)

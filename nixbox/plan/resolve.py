@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nixbox.plan import checks
-from nixbox.plan.model import ImageSpec, MachineSpec, Plan, Policy, Script
+from nixbox.plan.model import BackendName, ImageSpec, MachineSpec, Plan, Policy, Script
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
 
 
-def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
-    """What `up` will build and start. Raises ConfigError for everything that cannot be served, all at once."""
-    checks.check(loaded)
+def resolve(loaded: Loaded, machine: str | None = None, backend: BackendName = "qemu") -> Plan:
+    """What `up` will build and start, `backend` being the config's or what that stands for on this host.
+
+    Raises ConfigError for everything that cannot be served, all at once.
+    """
+    checks.check(loaded, backend)
     settings = loaded.settings
     image = ImageSpec(
         base=settings.base,
@@ -21,6 +24,7 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         packages=settings.packages,
         build=tuple(Script(origin, text) for origin, text in settings.build),
         build_network=settings.build_network,
+        krun=backend == "krun",
     )
     spec = MachineSpec(
         name=machine or settings.name,
@@ -37,5 +41,6 @@ def resolve(loaded: Loaded, machine: str | None = None) -> Plan:
         published=tuple((port.host, port.guest) for port in settings.published),
         mounts=settings.mounts,
         seeds=settings.seeds,
+        backend=backend,
     )
     return Plan(image, spec)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
-from nixbox.errors import ConfigError, NixboxError, NotRunningError
+from nixbox.errors import NixboxError, NotRunningError
 from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
 from nixbox.report import Phases, Reporter
@@ -74,21 +74,28 @@ class Sandbox:
 
     def plan(self, loaded: Loaded | None = None) -> Plan:
         """What `up` would build and start. Raises ConfigError for what cannot be served."""
+        from nixbox.machine import backends
         from nixbox.plan.resolve import resolve
 
-        return resolve(loaded or self.load(), self.machine.name)
+        loaded = loaded or self.load()
+        backend = backends.choose(loaded.settings.backend, loaded.settings.accelerator)
+        return resolve(loaded, self.machine.name, backend)
 
     def lock(self) -> list[str]:
         """Resolve the package set anew; returns what changed."""
         from nixbox.image import ensure
+        from nixbox.machine import backends
 
         loaded = self.load()
         mirror, security = loaded.settings.debian_mirror, loaded.settings.debian_security_mirror
-        return ensure.relock(self.workspace, self.plan(loaded).image, mirror, security, self.report)
+        image = self.plan(loaded).image
+        libkrun = backends.library(image)
+        return ensure.relock(self.workspace, image, mirror, security, self.report, libkrun=libkrun)
 
     def build(self, *, locked: bool = False, loaded: Loaded | None = None) -> Image:
         """The image, built if need be. Raises BuildError, GoneError, ConfigError."""
         from nixbox.image import ensure
+        from nixbox.machine import backends
 
         loaded = loaded or self.load(locked=locked)
         mirror, security = loaded.settings.debian_mirror, loaded.settings.debian_security_mirror
@@ -97,7 +104,8 @@ class Sandbox:
             base = loaded.settings.base
             for origin, name in loaded.unserved:
                 self.report.note(f"note: {origin} names {name} for another base only; an image of {base} lacks it")
-        return ensure.ensure(self.workspace, image, mirror, security, self.report, locked=locked, phase=self.phase)
+        where, libkrun = (self.workspace, image, mirror, security, self.report), backends.library(image)
+        return ensure.ensure(*where, locked=locked, libkrun=libkrun, phase=self.phase)
 
     # --- up ---
 
@@ -108,13 +116,14 @@ class Sandbox:
         way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
         """
         from nixbox.config.settings import resolve_env
+        from nixbox.machine import backends
 
         with self.phase("config"):
             loaded = self.load(locked=locked)
             plan = self.plan(loaded)
             env = resolve_env(loaded.settings, self.environ)
         asking = self._ask(plan) if self.machine.alive() else None
-        self._backend().check_host()
+        backends.named(plan.machine.backend).check_host()
         ssh.check_path(self.machine.ssh)
         places = self._look_at_mounts(plan)
         self._run_hooks("pre-up", loaded)
@@ -151,9 +160,9 @@ class Sandbox:
             from nixbox.machine import accelerator
             from nixbox.session.begin import begin
 
+            choice = accelerator.choose(plan.machine.accelerator, plan.machine.backend)
             image = self.build(locked=locked, loaded=loaded)
             with self.phase("prepare"):
-                choice = accelerator.choose(plan.machine.accelerator)
                 start = self._prepare(plan, image, choice, loaded, env, places)
             with ExitStack() as undo:
                 undo.callback(self._abandon)
@@ -196,11 +205,11 @@ class Sandbox:
             self.report.note(f"`{self.machine.name}` was left half started; starting it again")
             stop.end(self.machine, self._backend())
             return None
-        qemu = self._backend()
-        if qemu.status(self.machine.sockets) == "io-error":
+        backend = self._backend()
+        if backend.status(self.machine.sockets) == "io-error":
             self.report.note("the machine had stopped on a full host disk; letting it go on")
-            qemu.resume(self.machine.sockets)
-        stop.heal(self.machine, qemu)
+            backend.resume(self.machine.sockets)
+        stop.heal(self.machine, backend)
         self._heal(record)
         self._tell_what_waits(plan, record, places)
         if record.env_hash != self._env_hash(record.machine_id, env):
@@ -285,6 +294,8 @@ class Sandbox:
         shape = (spec.vcpus, spec.memory_mib, spec.return_memory)
         if (record.vcpus, record.memory_mib, record.return_memory) != shape:
             changed.append("resources")
+        if record.backend != spec.backend:
+            changed.append("backend")
         if record.network != spec.network.as_json():
             changed.append("network")
         if not mounts.follow(self.machine, self._backend(), places, self.report):
@@ -299,7 +310,7 @@ class Sandbox:
         self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str], places: list[Place]
     ) -> Start:
         """Directories, keys and record: all that a start needs but the disk of a new machine."""
-        from nixbox.machine import overlay, record
+        from nixbox.machine import backends, overlay, record
         from nixbox.session import mounts
 
         machine, spec = self.machine, plan.machine
@@ -323,7 +334,7 @@ class Sandbox:
             user=old.user if old else ssh.guest_user(),
             created_at=old.created_at if old else int(time.time()),
             image=str(image.path),
-            backend="qemu",
+            backend=spec.backend,
             accelerator=choice.accelerator,
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
@@ -334,11 +345,13 @@ class Sandbox:
             network=spec.network.as_json(),
             mounts=mounts.wanted(places, old),
         )
-        new = replace(new, shares_memory=bool(new.mounts))
+        plugs = backends.named(new.backend).features.hot_plug
+        new = replace(new, shares_memory=bool(new.mounts) and plugs)
         new = replace(new, env_hash=self._env_hash(new.machine_id, env))
         return self._start(new, image, loaded, env)
 
     def _start(self, record: Record, image: Image, loaded: Loaded, env: Mapping[str, str]) -> Start:
+        from nixbox.machine import backends
         from nixbox.network.watch import Watch
         from nixbox.session.start import Start
 
@@ -346,7 +359,7 @@ class Sandbox:
             machine=self.machine,
             record=record,
             image=image,
-            backend=self._backend(),
+            backend=backends.named(record.backend),
             settings=loaded.settings,
             env=env,
             report=self.report,
@@ -444,34 +457,20 @@ class Sandbox:
         with self.busy():
             self.report.phase(f"saving `{self.machine.name}`")
             start = self._of_running(self.load(), {})
-            self._tell_what_it_needs(start)
+            copies.tell_what_it_needs(start, self.environ)
             copies.suspend(start)
             stop.end(self.machine, self._backend())
-
-    def _tell_what_it_needs(self, start: Start) -> None:
-        """A machine that options of `up` shaped is resumed with the same ones only: say so while it can be helped."""
-        from nixbox.config.settings import resolve_env
-
-        settings, record = start.settings, start.record
-        try:
-            env = self._env_hash(record.machine_id, resolve_env(settings, self.environ))
-        except ConfigError:
-            env = ""
-        shape = (settings.vcpus, settings.memory_mib)
-        if env != record.env_hash or (record.vcpus, record.memory_mib) != shape:
-            self.report.note(
-                "note: it was started with other resources or variables than the config has; only an `up` with the "
-                "same ones resumes it, any other starts it from its disk"
-            )
 
     def _of_running(self, loaded: Loaded, env: Mapping[str, str]) -> Start:
         """What a running machine was started with, whatever the config says by now. Under the busy lock."""
         from nixbox.image.build import Image
+        from nixbox.session import copies
 
         if not self.machine.alive():
             raise NotRunningError(f"`{self.machine.name}` is not running", hint="`nixbox up` starts it")
         stop.heal(self.machine, self._backend())
         record = self.machine.load()
+        copies.check_saves(record)
         image = Image(Path(record.image), self.machine.image_root, fresh=False)
         return self._start(record, image, loaded, env)
 
@@ -517,9 +516,11 @@ class Sandbox:
     # --- inside ---
 
     def _backend(self) -> Backend:
-        from nixbox.machine.qemu import Qemu
+        """The hypervisor that the machine runs on, or last ran on."""
+        from nixbox.machine import backends
 
-        return Qemu()
+        record = self.machine.load_or_none()
+        return backends.named(record.backend if record is not None else "qemu")
 
     def ssh_config(self) -> Path:
         """The SSH configuration for other programs. Raises NotRunningError when the machine is not up."""

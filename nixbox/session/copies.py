@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nixbox import paths
+from nixbox.errors import ConfigError, HostError
 from nixbox.guest import control
-from nixbox.machine import record, saved, snapshot, template, usage
+from nixbox.machine import backends, record, saved, snapshot, template, usage
 from nixbox.machine.backend import MemoryFile
 from nixbox.network.watch import Watch
 from nixbox.report import Phases
@@ -20,7 +21,7 @@ from nixbox.session import mounts, stop
 from nixbox.session.start import Restored, Start, own_memory
 
 if TYPE_CHECKING:
-    from nixbox.machine.record import MachineDir
+    from nixbox.machine.record import MachineDir, Record
 
 
 _SYNC_TIMEOUT_S = 120.0
@@ -194,3 +195,29 @@ def claim_names(workspace: Path, prefix: str, count: int) -> list[str]:
             (machines / name).mkdir(mode=0o700)
             found.append(name)
     return found
+
+
+def tell_what_it_needs(start: Start, environ: Mapping[str, str]) -> None:
+    """A machine that options of `up` shaped is resumed with the same ones only: say so while it can be helped."""
+    from nixbox.config.settings import resolve_env
+
+    settings, known = start.settings, start.record
+    try:
+        env = snapshot.env_hash(known.machine_id, resolve_env(settings, environ))
+    except ConfigError:
+        env = ""
+    shape = (settings.vcpus, settings.memory_mib)
+    if env != known.env_hash or (known.vcpus, known.memory_mib) != shape:
+        start.report.note(
+            "note: it was started with other resources or variables than the config has; only an `up` with the "
+            "same ones resumes it, any other starts it from its disk"
+        )
+
+
+def check_saves(running: Record) -> None:
+    """Raise HostError for a machine whose hypervisor cannot save it."""
+    if not backends.named(running.backend).features.restore:
+        raise HostError(
+            f"`{running.name}` runs on {running.backend}, which can neither suspend nor copy a running machine",
+            hint="`nixbox down`, then `nixbox up --backend qemu`; a stopped machine's disk can be forked as it is",
+        )

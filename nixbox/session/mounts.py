@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nixbox import locks, paths
+from nixbox import jails, locks, paths
 from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.guest import control
@@ -65,10 +65,13 @@ class Shares:
         self.machine = machine
         self.backend = backend
         self.image = image
-        self._served: list[tuple[Shared, daemon.Daemon]] = []
+        self._served: list[tuple[Shared, daemon.Daemon | None]] = []
+        # For a hypervisor that serves them itself: what it is told, and locks that it is to hold.
+        self.given: list[tuple[str, jails.Share]] = []
+        self.locks: list[int] = []
 
     def serve(self, listed: Sequence[Shared]) -> None:
-        """Start a process for each. Raises ConfigError, HostError."""
+        """Start a process for each, unless the hypervisor is to serve them. Raises ConfigError, HostError."""
         self._served.clear()  # of a start that failed before this one
         workspace, runtime = self.machine.workspace, self.machine.runtime
         if not listed:
@@ -77,12 +80,18 @@ class Shares:
         mounts = [Mount(one.source, one.target, one.readonly) for one in listed]
         added = {one.target for one in listed if one.added}
         found = resolve(mounts, workspace, [one.target for one in listed])
-        chosen = daemon.program(self._tools())
+        plugs = self.backend.features.hot_plug
+        chosen = daemon.program(self._tools()) if plugs else None
         writable = {}
         for place in found:
             tag = f"nixbox-{os.urandom(4).hex()}"
             named = replace(shared(place, added=place.mount.target in added), tag=tag)
-            started = daemon.start(chosen, place, runtime, tag, self.machine.logs / "mounts.log")
+            started = None
+            if chosen is not None:
+                started = daemon.start(chosen, place, runtime, tag, self.machine.logs / "mounts.log")
+            else:
+                self.locks.append(health.hold(runtime, tag))
+                self.given.append((tag, place.share))
             self._served.append((named, started))
             if not named.readonly:
                 writable[place.source] = health.lock_file(runtime, tag)
@@ -97,6 +106,8 @@ class Shares:
     def plug(self) -> None:
         """Hand each to the hypervisor. Raises HostError with the process's own words when it could not start."""
         for one, started in self._served:
+            if started is None:  # it was there from the start
+                continue
             with started.connection:
                 try:
                     self.backend.attach(self.machine.sockets, one.tag, started.connection.fileno())
@@ -123,11 +134,19 @@ class Shares:
     def watch(self) -> None:
         """Let the machine's guard watch over the processes: should one end, those in the guest get errors."""
         for one, started in self._served:
-            _watch(self.machine, self.backend, one.tag, started.pid)
+            if started is not None:
+                _watch(self.machine, self.backend, one.tag, started.pid)
+
+    def started(self) -> None:
+        """The hypervisor holds its locks by now, or has failed to start."""
+        while self.locks:
+            os.close(self.locks.pop())
 
     def abandon(self) -> None:
         """After a failure: end what was started."""
         for one, started in self._served:
+            if started is None:
+                continue
             started.connection.close()
             records.signal_holders(health.lock_file(self.machine.runtime, one.tag), signal.SIGKILL)
 
@@ -151,6 +170,8 @@ def _watch(machine: MachineDir, backend: Backend, tag: str, pid: int) -> None:
 
 def watch_again(machine: MachineDir, backend: Backend, record: Record) -> None:
     """Tell a guard that was started anew what there is to watch over."""
+    if not backend.features.hot_plug:
+        return
     for one in record.shared:
         for pid in records.holders(health.lock_file(machine.runtime, one.tag)) if one.tag else []:
             _watch(machine, backend, one.tag, pid)
@@ -161,6 +182,7 @@ def watch_again(machine: MachineDir, backend: Backend, record: Record) -> None:
 
 def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None:
     """Share further directories with a running machine. Raises ConfigError, HostError."""
+    _check_plugs(machine, backend)
     record = machine.load()
     if not record.shares_memory:
         raise ConfigError(
@@ -183,6 +205,14 @@ def add(machine: MachineDir, backend: Backend, listed: Sequence[Shared]) -> None
     targets = {one.target for one in listed}
     kept = [one for one in record.shared if one.target not in targets]
     machine.update(mounts=[asdict(one) for one in (*kept, *shares.listed)])
+
+
+def _check_plugs(machine: MachineDir, backend: Backend) -> None:
+    if not backend.features.hot_plug:
+        raise ConfigError(
+            f"`{machine.name}` runs on {backend.name}, where directories neither come nor go while it runs",
+            hint="change [[mounts]] in .nixbox/config.toml, then `nixbox down` and `nixbox up`; or `--backend qemu`",
+        )
 
 
 def mount(machine: MachineDir, backend: Backend, source: str, target: str, *, readonly: bool) -> Path:
@@ -253,6 +283,7 @@ def _withdraw(machine: MachineDir, backend: Backend, tag: str) -> None:
 
 def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -> Shared | None:
     """Take the directory at a target away; None when there is none. Raises GuestError when it is in use."""
+    _check_plugs(machine, backend)
     record = machine.load()
     where = places.guest_path(target, record.user)
     for one in record.shared:
@@ -269,6 +300,8 @@ def remove(machine: MachineDir, backend: Backend, target: str, *, force: bool) -
 
 def heal(machine: MachineDir, backend: Backend, report: Reporter) -> None:
     """Share again what a running machine has lost, if it is there to be shared."""
+    if not backend.features.hot_plug:
+        return
     record = machine.load()
     for lock in machine.runtime.glob("nixbox-*.lock"):  # of a command that was killed in the middle
         if lock.stem not in {one.tag for one in record.shared} and locks.held(lock):

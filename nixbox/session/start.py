@@ -115,9 +115,9 @@ class Start:
         """The VM that the record describes."""
         return VmSpec(
             name=self.machine.name,
-            kernel=self.image.file("vmlinux"),
-            initrd=self.image.file("initrd"),
-            root=self.image.file("root.squashfs"),
+            kernel=self.image.file(self.backend.kernel),
+            initrd=self.image.file(self.backend.initrd),
+            root=self.image.file("root.img"),
             overlay=self.machine.overlay,
             console_log=self.machine.console_log,
             vcpus=self.record.vcpus,
@@ -127,6 +127,7 @@ class Start:
             incoming=incoming,
             bound=self.bound,
             return_memory=self.record.return_memory,
+            shares=tuple(self.shares.given),
         )
 
     def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
@@ -137,25 +138,33 @@ class Start:
             ended, alive = os.pipe()  # the VM's process has the one end; the guard sees when nobody has it any more
             try:
                 self.watch.begin(machine.name, net.files(machine), network.user, network.net, ended)
-                passed = (lock_fd, alive, *pass_fds)
+                passed = (lock_fd, alive, *self.shares.locks, *pass_fds)
                 pid = self.backend.start(spec, machine.sockets, network, machine.vm_log, passed)
             finally:
                 os.close(ended)
                 os.close(alive)
+                self.shares.started()
         machine.update(pid=pid, started_at=int(time.time()))
 
     def boot(self, memory: MemoryFile | None = None) -> control.Control:
         """Start from nothing, up to the guest's `boot`; returns the channel, on which `go` is to follow."""
+        plugs = self.backend.features.hot_plug
         with self.phase("boot"), ExitStack() as undo:
+            if not plugs:  # the hypervisor serves them from the start
+                self.shares.serve(self.record.shared)
             if memory is None and self.record.shares_memory:
                 with own_memory(self.record.memory_mib) as own:
                     self.launch(self.spec(MemoryFile.of(own, shared=True)), (own,))
             else:
                 self.launch(self.spec(memory))
             undo.callback(self.shares.abandon)
-            self.shares.serve(self.record.shared)
+            if plugs:
+                self.shares.serve(self.record.shared)
             ssh.make_keys(self.machine.ssh)
-            channel = control.Control.connect(self.machine.sockets.control)
+            try:
+                channel = control.Control.connect(self.machine.sockets.control)
+            except control.GuestError as error:
+                raise self.explained(error) from None
             try:
                 version = channel.expect("boot", BOOT_TIMEOUT_S)
                 if version != control.PROTOCOL:

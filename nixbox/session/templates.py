@@ -68,7 +68,7 @@ class Templates:
             cpu=template.host_cpu(record.accelerator),
             vcpus=record.vcpus,
             memory_mib=record.memory_mib,
-            root=_identity(start.image.file("root.squashfs")),
+            root=_identity(start.image.file("root.img")),
             devices=tuple(start.backend.shape(start.spec())),
             user=record.user if ready else None,
             setup=setup_hash(spec.setup) if ready and shared and spec.setup is not None else None,

@@ -16,11 +16,11 @@ import pytest
 from nixbox import paths
 from nixbox.config.load import load
 from nixbox.image import build, lock
-from nixbox.image.lock import Bootstrap, Lock, LockedPackage
+from nixbox.image.lock import Bootstrap, KrunKernel, Lock, LockedPackage
 from nixbox.image.resolve import BASE_REQUEST
 from nixbox.plan.model import ImageSpec, Script
 from nixbox.plan.resolve import resolve
-from nixbox.run import run
+from nixbox.run import CommandError, run
 
 pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on this host")
 
@@ -66,6 +66,19 @@ BUILD = (Script("profile dev", "echo '${x}' \"$HOME\" >/etc/built\n''${\n"),)
 JQ = (package("jq"),)
 
 
+def a_kernel(release: str = "6.18.55", **changes: Any) -> KrunKernel:
+    """libkrun's kernel, of which nothing exists either."""
+    values: dict[str, Any] = {
+        "file": "libkrunfw.so.5",
+        "origin": "smolmachines 1.0",
+        "size": 99,
+        "sha256": "1" * 64,
+        "offset": 9,
+    }
+    values |= {"length": 90, "load": 1000, "entry": 1001, "release": release}
+    return KrunKernel(**(values | changes))
+
+
 PLAIN = a_lock()
 
 
@@ -99,6 +112,10 @@ OTHER = {
     "build order": Variation(replace(SPEC, build=(*BUILD, Script("plugin a", "a")))),
     "build reordered": Variation(replace(SPEC, build=(Script("plugin a", "a"), *BUILD))),
     "build_network": Variation(replace(SPEC, build=BUILD, build_network=True)),
+    "libkrun": Variation(lock=a_lock(krun=a_kernel())),
+    "libkrun's kernel": Variation(lock=a_lock(krun=a_kernel("6.19"))),
+    "bits of libkrun's kernel": Variation(lock=a_lock(krun=a_kernel(sha256="2" * 64))),
+    "place of libkrun's kernel": Variation(lock=a_lock(krun=a_kernel(offset=8))),
     "guest init": Variation(nix="guest"),
     "nix code": Variation(nix="code"),
     "new guest file": Variation(nix="new"),
@@ -108,6 +125,7 @@ SAME = {
     "again": Variation(),
     "mirrors": Variation(mirrors=(("debian", "https://other.example/debian"),)),
     "no mirror": Variation(mirrors=()),
+    "asking for libkrun": Variation(replace(SPEC, krun=True)),  # the lock is asked, not the config
     "network without a build": Variation(replace(SPEC, build_network=True)),
 }
 EVERY = {"base": BASE, **OTHER, **SAME}
@@ -222,8 +240,10 @@ def test_where_the_nix_files_lie_does_not_matter(nix_dirs: dict[str, Path]) -> N
 
 
 def test_inputs_hold_every_package(evaluate: Evaluate) -> None:
-    found = evaluate({"base": BASE, "mirrors": SAME["mirrors"], "kernel": OTHER["kernel"]}, "inputs.outPath")
-    assert found["base"] == found["mirrors"] != found["kernel"]
+    some = {"base": BASE, "mirrors": SAME["mirrors"]} | {what: OTHER[what] for what in ("kernel", "libkrun")}
+    found = evaluate(some, "inputs.outPath")
+    assert found["base"] == found["mirrors"]
+    assert len(set(found.values())) == 3
 
 
 @pytest.mark.parametrize(("what", "reproducible"), [("base", True), ("build", True), ("build_network", False)])
@@ -233,6 +253,27 @@ def test_the_image_says_what_it_is(evaluate: Evaluate, what: str, reproducible: 
     assert meta["build"] == [script.origin for script in EVERY[what].spec.build]
     assert (meta["base"], meta["suite"], meta["arch"]) == ("debian", "trixie", "amd64")
     assert [p["name"] for p in meta["packages"]] == ["bash", "apt", "libssl3"]
+
+
+def test_the_image_says_which_kernel_of_libkruns_it_has(evaluate: Evaluate) -> None:
+    found = evaluate({what: EVERY[what] for what in ("base", "libkrun")}, "image.imageJson")
+    base, krun = (json.loads(found[what]) for what in ("base", "libkrun"))
+    assert "krun" not in base
+    assert krun == base | {"krun": {"release": "6.18.55", "origin": "smolmachines 1.0"}}
+
+
+def test_the_parts_for_libkrun_depend_on_what_they_are_made_of(evaluate: Evaluate) -> None:
+    some = {what: EVERY[what] for what in ("libkrun", "libkrun's kernel")}
+    some["package"] = Variation(lock=a_lock(krun=a_kernel(), base_packages=(package("bash", "5.3"),)))
+    some["guest"] = replace(some["libkrun"], nix="guest")
+    kernels, roots = evaluate(some, "image.krunKernel"), evaluate(some, "image.krunBoot")
+    assert kernels["libkrun"] == kernels["package"] == kernels["guest"] != kernels["libkrun's kernel"]
+    assert roots["libkrun"] == roots["package"] == roots["libkrun's kernel"] != roots["guest"]
+
+
+def test_libkruns_kernel_is_not_for_other_architectures(evaluate: Evaluate) -> None:
+    with pytest.raises(CommandError, match="no kernel of libkrun's for the architecture arm64"):
+        evaluate({"arm64": Variation(lock=a_lock(krun=a_kernel(), arch="arm64"))}, "image.outPath")
 
 
 # --- from the config -------------------------------------------------------------------------------------

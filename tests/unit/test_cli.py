@@ -487,7 +487,7 @@ def test_a_host_without_qemu(call: Call, workspace: Path, tmp_path: Path, monkey
         ("image.json", "{}"),
         ("vmlinux", ""),
         ("initrd", ""),
-        ("root.squashfs", ""),
+        ("root.img", ""),
         ("bzImage", ""),
     ):
         (image / file).write_text(text_)

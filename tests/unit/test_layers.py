@@ -35,9 +35,10 @@ RANKS = {
     "config": 2,
     "report": 1,
     "run": 1,
-    "linux": 1,
+    "jails": 1,
     "paths": 1,
     "errors": 0,
+    "linux": 0,
     "locks": 0,
     "trees": 0,
 }

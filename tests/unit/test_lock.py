@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nixbox.errors import ConfigError, ExitCode, NixboxError
-from nixbox.image import ensure, lock, resolve
-from nixbox.image.lock import Bootstrap, Lock, LockedPackage
+from nixbox import run
+from nixbox.errors import ConfigError, ExitCode, HostError, NixboxError
+from nixbox.image import build, ensure, krunfw, lock, lockfile, resolve
+from nixbox.image.lock import Bootstrap, KrunKernel, Lock, LockedPackage
 from nixbox.plan.model import ImageSpec
+from nixbox.report import Reporter
 
 
 def package(name: str, version: str = "1.0-1", arch: str = "amd64") -> LockedPackage:
@@ -40,11 +43,26 @@ def a_lock(**changes: Any) -> Lock:
         "base_requested": resolve.BASE_REQUEST,
         "bootstrap": Bootstrap(package=package("busybox-static"), nar_hash="sha256-" + "A" * 43 + "="),
         "kernel": package("linux-image-6.12"),
-        "tools": (package("mmdebstrap"), package("bash")),
+        "tools": (package("mmdebstrap"), package("bash"), package("erofs-utils")),
         "base_packages": (package("bash"), package("apt", "1:2.0~rc1+b1")),
         "packages": (package("jq"),),
     }
     return Lock(**(values | changes))
+
+
+def a_kernel(**changes: Any) -> KrunKernel:
+    values: dict[str, Any] = {
+        "file": "libkrunfw.so.5",
+        "origin": "smolmachines 1.32.2",
+        "size": 1000,
+        "sha256": "a" * 64,
+        "offset": 100,
+        "length": 900,
+        "load": 2**24,
+        "entry": 2**24 + 899,
+        "release": "6.18.55",
+    }
+    return KrunKernel(**(values | changes))
 
 
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -68,6 +86,7 @@ LOCKS = st.builds(
     tools=SETS,
     base_packages=SETS,
     packages=SETS,
+    krun=st.none() | st.builds(a_kernel, sha256=HEX, origin=st.sampled_from(["libkrunfw", "smolmachines 2.0.0rc1"])),
 )
 
 
@@ -86,16 +105,33 @@ def test_what_is_dumped_loads_as_the_same(tmp_path_factory: pytest.TempPathFacto
 def test_one_package_a_line() -> None:
     text = lock.dump(a_lock())
     lines = [line for line in text.splitlines() if '"sha256"' in line]
-    assert len(lines) == 1 + 1 + 2 + 2 + 1
+    assert len(lines) == 1 + 1 + 3 + 2 + 1
     assert all(line.count('"sha256"') == 1 for line in lines)
     assert text.endswith("}\n")
     other = lock.dump(a_lock(packages=(package("jq", "1.8"),)))
     assert len(set(text.splitlines()) ^ set(other.splitlines())) == 2
 
 
+def test_a_lock_without_a_kernel_for_libkrun_does_not_mention_it() -> None:
+    assert "krun" not in lock.dump(a_lock())
+    lines = lock.dump(a_lock(krun=a_kernel())).splitlines()
+    assert [line for line in lines if "krun" in line] == [line for line in lines if line.startswith('  "krun": {')]
+
+
+def test_a_kernel_for_libkrun_is_part_of_the_image_and_stays_when_plugins_are_pinned(tmp_path: Path) -> None:
+    text = lock.dump(a_lock(krun=a_kernel()))
+    path = tmp_path / "nixbox.lock"
+    path.write_text(text)
+    lockfile.save_pins(path, [lockfile.Pin("github:a/b", "0" * 40, "sha256-" + "A" * 43 + "=")])
+    assert lockfile.image_part(path.read_text()) == text
+    assert lock.load(path).krun == a_kernel()
+    assert build.key(spec("jq"), text) == build.key(spec("jq"), path.read_text())
+    assert build.key(spec("jq"), text) != build.key(spec("jq"), lock.dump(a_lock()))
+
+
 def test_all_packages_holds_each_file_once() -> None:
     paths = [p.path for p in a_lock().all_packages()]
-    assert len(paths) == len(set(paths)) == 6
+    assert len(paths) == len(set(paths)) == 7
     assert paths == sorted(paths)
 
 
@@ -191,6 +227,27 @@ def test_fields_that_would_reach_a_command_are_checked(tmp_path: Path, field: st
     assert {fault.split(": ")[1] for fault in damaged(tmp_path, data).faults} == {f"base_packages.1.{field}"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        *(({"file": bad}, ".file") for bad in ("../libkrunfw.so.5", "libkrunfw.so", "x", "libkrunfw.so.5\n", 5)),
+        *(({"origin": bad}, ".origin") for bad in ("", "a\nb", "$(id)", "x" * 101, " x")),
+        *(({"release": bad}, ".release") for bad in ("", "six", "6.1 x", "6.1\n", "6.1/..")),
+        *(({"sha256": bad}, ".sha256") for bad in ("0" * 63, "G" * 64)),
+        *(({name: -1}, f".{name}") for name in ("size", "offset", "length", "load", "entry")),
+        ({"load": 2**64 - 1}, ".load"),
+        ({"offset": 101}, ""),
+        ({"entry": 2**24 + 900}, ""),
+        ({"entry": 2**24 - 1}, ""),
+        ({"more": 1}, ".more"),
+    ],
+)
+def test_a_bad_kernel_for_libkrun_is_named(tmp_path: Path, changes: dict[str, object], field: str) -> None:
+    data = json.loads(lock.dump(a_lock(krun=a_kernel())))
+    data["krun"] |= changes
+    assert {fault.split(": ")[1] for fault in damaged(tmp_path, data).faults} == {f"krun{field}"}
+
+
 # --- changes ---------------------------------------------------------------------------------------------
 
 
@@ -205,6 +262,15 @@ def test_what_changed_is_told_in_lines() -> None:
 def test_a_new_kernel_is_a_change() -> None:
     found = lock.changes(a_lock(), a_lock(kernel=package("linux-image-6.13")))
     assert found.lines() == ["+ linux-image-6.13 1.0-1", "- linux-image-6.12 1.0-1"]
+
+
+def test_a_kernel_for_libkrun_is_a_change() -> None:
+    old, new = a_kernel(), a_kernel(release="6.19.1", origin="smolmachines 2.0", sha256="b" * 64)
+    before, after = "6.18.55 (smolmachines 1.32.2, aaaaaaaa)", "6.19.1 (smolmachines 2.0, bbbbbbbb)"
+    assert lock.changes(a_lock(), a_lock(krun=old)).lines() == [f"+ libkrun's kernel {before}"]
+    assert lock.changes(a_lock(krun=old), a_lock(krun=new)).lines() == [f"~ libkrun's kernel {before} → {after}"]
+    assert lock.changes(a_lock(krun=old), a_lock(krun=a_kernel(sha256="c" * 64)))  # the same release, built anew
+    assert not lock.changes(a_lock(krun=old), a_lock(krun=old))
 
 
 def test_nothing_changed() -> None:
@@ -271,13 +337,107 @@ def test_a_damaged_lock_is_for_its_user_to_name(tmp_path: Path, text: str) -> No
 
 
 def test_locked_refuses_to_change_the_lock(tmp_path: Path) -> None:
-    from nixbox.report import Reporter
-
     assert stale(tmp_path, a_lock(), spec("zsh"))
     before = ensure.lock_path(tmp_path).read_bytes()
     with pytest.raises(ConfigError, match="does not fit the config: new: zsh; gone: jq"):
         ensure.ensure(tmp_path, spec("zsh"), "http://mirror.example/debian", None, Reporter(), locked=True)
     assert ensure.lock_path(tmp_path).read_bytes() == before
+
+
+# --- libkrun's kernel -------------------------------------------------------------------------------------
+
+KRUN = replace(spec("jq"), krun=True)
+PINS = (lockfile.Pin("github:a/b", "0" * 40, "sha256-" + "A" * 43 + "="),)
+BUILT = build.Image(Path("image"), Path("root"), fresh=False)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A host with a libkrunfw and the images built; one that asks a mirror fails."""
+    monkeypatch.setattr(krunfw, "locate", lambda library=None: library or Path("libkrunfw.so.5"))
+    monkeypatch.setattr(krunfw, "inspect", lambda path: a_kernel(origin=path.name))
+    monkeypatch.setattr(build, "built", lambda key: BUILT)
+    monkeypatch.delattr(resolve, "resolve")
+    return monkeypatch
+
+
+def written(tmp_path: Path, value: Lock) -> Path:
+    path = ensure.lock_path(tmp_path)
+    path.parent.mkdir()
+    lock.save(value, path)
+    return path
+
+
+def test_a_lock_without_a_kernel_for_libkrun(tmp_path: Path) -> None:
+    assert stale(tmp_path, a_lock(), KRUN) == "the lock has no kernel for libkrun yet"
+    assert ensure.current(tmp_path, KRUN) is None
+
+
+@pytest.mark.parametrize("wanted", [KRUN, spec("jq")])
+def test_a_lock_with_a_kernel_for_libkrun_serves_both(tmp_path: Path, wanted: ImageSpec) -> None:
+    assert stale(tmp_path, a_lock(krun=a_kernel()), wanted) is None
+
+
+def test_only_the_kernel_is_added_and_no_mirror_is_asked(tmp_path: Path, host: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, a_lock(plugins=PINS))
+    reporter = Reporter()
+    notes: list[str] = []
+    host.setattr(reporter, "note", notes.append)
+    assert ensure.ensure(tmp_path, KRUN, None, None, reporter) == BUILT
+    assert lock.load(path) == a_lock(plugins=PINS, krun=a_kernel(origin="libkrunfw.so.5"))
+    assert notes == ["+ libkrun's kernel 6.18.55 (libkrunfw.so.5, aaaaaaaa)"]
+    before = path.read_bytes()
+    ensure.ensure(tmp_path, KRUN, None, None, reporter, locked=True)
+    assert path.read_bytes() == before
+
+
+def test_the_kernel_is_that_of_the_named_libkrun(tmp_path: Path, host: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, a_lock())
+    ensure.ensure(tmp_path, KRUN, None, None, Reporter(), libkrun=Path("other.so"))
+    assert (kernel := lock.load(path).krun) is not None
+    assert kernel.origin == "other.so"
+
+
+def test_locked_does_not_add_a_kernel_for_libkrun(tmp_path: Path, host: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, a_lock())
+    with pytest.raises(ConfigError, match="does not fit the config: the lock has no kernel for libkrun yet"):
+        ensure.ensure(tmp_path, KRUN, None, None, Reporter(), locked=True)
+    assert lock.load(path) == a_lock()
+
+
+def test_a_host_without_libkrunfw_leaves_the_lock(tmp_path: Path, host: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, a_lock())
+    host.setattr(krunfw, "locate", lambda library=None: None)
+    with pytest.raises(HostError, match="is not on this host"):
+        ensure.ensure(tmp_path, KRUN, None, None, Reporter())
+    assert lock.load(path) == a_lock()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_here", "origin"),
+    [
+        (KRUN, True, "libkrunfw.so.5"),
+        (KRUN, False, "smolmachines 1.32.2"),
+        (spec("jq"), True, "smolmachines 1.32.2"),
+    ],
+)
+def test_a_new_lock_keeps_the_kernel_or_takes_the_one_that_is_here(
+    tmp_path: Path, host: pytest.MonkeyPatch, wanted: ImageSpec, is_here: bool, origin: str
+) -> None:
+    path = written(tmp_path, a_lock(krun=a_kernel(), plugins=PINS))
+    if not is_here:
+        host.setattr(krunfw, "locate", lambda library=None: None)
+    host.setattr(run, "tool", lambda name: name)
+    host.setattr(resolve, "resolve", lambda *args, **options: a_lock(suite="sid"), raising=False)
+    ensure.relock(tmp_path, wanted, "http://mirror.example/debian", None, Reporter())
+    assert lock.load(path) == a_lock(suite="sid", krun=a_kernel(origin=origin), plugins=PINS)
+
+
+def test_a_first_lock_without_libkrunfw_asks_no_mirror(tmp_path: Path, host: pytest.MonkeyPatch) -> None:
+    host.setattr(krunfw, "locate", lambda library=None: None)
+    host.setattr(run, "tool", lambda name: name)
+    with pytest.raises(HostError, match="is not on this host"):
+        ensure.relock(tmp_path, KRUN, "http://mirror.example/debian", None, Reporter())
 
 
 # --- writing ---------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nixbox import paths
+from nixbox import jails, paths
 from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError, HostError
-from nixbox.mounts import daemon, health, jail, places
-from nixbox.mounts.jail import Inode
+from nixbox.jails import Inode
+from nixbox.mounts import daemon, health, places
 from nixbox.mounts.standin import Broken, Device, StandIn
 from nixbox.plan.model import Queue, Shared
 
@@ -258,7 +258,7 @@ ALLOW, KILL, ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 
 def verdict(machine: str, arch: int, number: int, arguments: tuple[int, ...] = ()) -> int:
     data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
-    program = jail.no_setuid(machine)
+    program = jails.no_setuid(machine)
     steps = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     at = accumulator = 0
     while True:

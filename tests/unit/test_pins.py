@@ -120,7 +120,7 @@ def a_lock(*plugins: Pin, **changes: Any) -> Lock:
         "base_requested": resolve.BASE_REQUEST,
         "bootstrap": Bootstrap(package=package("busybox-static"), nar_hash=HASH),
         "kernel": package("linux"),
-        "tools": (package("bash"),),
+        "tools": (package("bash"), package("erofs-utils")),
         "base_packages": (package("bash"),),
         "packages": (package("jq"),),
         "plugins": plugins,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nixbox.jails import Inode, Share
 from nixbox.machine import qemu_args
 from nixbox.machine.backend import MemoryFile, VmSpec
 from nixbox.machine.qemu_args import Fds, argv, shape
@@ -232,6 +233,7 @@ OWN: dict[str, object] = {
     "memory_file": MemoryFile(Path("/proc/self/fd/9"), shared=False),
     "incoming": True,
     "bound": True,
+    "shares": (("nixbox-1", Share(Path("/srv"), Inode(1, 2), False, ())),),  # other backends' only
 }
 SHARED: dict[str, object] = {
     "vcpus": 4,

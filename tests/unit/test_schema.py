@@ -211,7 +211,7 @@ ONE_FAULT = [
     (Config, "setup_env = true", "setup_env: unknown field"),
     (UserSettings, 'templates.limit = "lots"', "templates.limit: `lots` is not a size"),
     (UserSettings, "templates.limit = true", "templates.limit: must be a size"),
-    (UserSettings, 'name = "x"', "name: unknown field (known here: templates)"),
+    (UserSettings, 'name = "x"', "name: unknown field (known here: templates, krun)"),
     (Plugin, 'scrpts = ["x"]', "scrpts: unknown field (did you mean `scripts`?)"),
     (
         Plugin,

@@ -52,7 +52,7 @@ def processes_with(value: bytes) -> list[str]:
 
 def image_files(box: Workspace) -> Iterator[Path]:
     image = Path(box.status()["image"])
-    for name in ("vmlinux", "initrd", "root.squashfs", "image.json"):
+    for name in ("vmlinux", "initrd", "root.img", "image.json"):
         yield store.physical(image / name)
 
 

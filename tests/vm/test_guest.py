@@ -211,14 +211,14 @@ def test_the_user_and_the_debian_root(running: Workspace) -> None:
 
 def test_the_root_image_cannot_be_written_by_guest_root(running: Workspace) -> None:
     image = Path(running.status()["image"])
-    before = _digest(image / "root.squashfs", running)
+    before = _digest(image / "root.img", running)
     attack = (
         "for disk in /dev/vd?; do sudo blockdev --setrw $disk || true; "
         "[ $(cat /sys/block/${disk#/dev/}/serial) = root ] || continue; "
         "sudo dd if=/dev/urandom of=$disk bs=4096 count=4 conv=fsync 2>&1 || echo refused; done"
     )
     assert "refused" in running.guest(attack)
-    assert _digest(image / "root.squashfs", running) == before
+    assert _digest(image / "root.img", running) == before
 
 
 def _digest(path: Path, box: Workspace) -> str:

@@ -16,14 +16,19 @@ rec {
     modules = [
       "virtio_blk" "virtio_net" "virtio-rng" "virtio_balloon" "virtio_mmio"
       "vsock" "vmw_vsock_virtio_transport"
-      "overlay" "squashfs" "erofs" "loop"
+      "overlay" "erofs" "loop"
     ];
   };
-  rootImage = root.withBuild { scripts = build; network = buildNetwork; };
+  # null where the lock has none
+  krun = if (lock.krun or null) == null then null else import ./krun.nix {
+    inherit lock guest;
+    inherit (tools) busybox runBusybox;
+  };
+  rootImage = root.image { scripts = build; network = buildNetwork; };
   # What a rebuild needs and a mirror may drop: kept as a garbage collector root beside the image.
   inputs = tools.runBusybox {
     name = "nixbox-inputs";
-    debs = map fetch.fetchDeb all;
+    debs = map fetch.fetchDeb all ++ (if krun == null then [ ] else [ krun.library ]);
     inherit (tools) busybox tools;
     passAsFile = [ "debs" ];
   } ''

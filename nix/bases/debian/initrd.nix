@@ -1,4 +1,4 @@
-# The initrd: static busybox, the modules that the guest needs, and the guest's own scripts (nix/guest).
+# The initrd: the tree that every guest starts from (tree.nix), and the modules that this kernel needs.
 { inTools, kernel, busybox, guest, modules }:
 inTools {
   name = "nixbox-initrd";
@@ -7,13 +7,9 @@ inTools {
 } ''
   cd /tmp
   version=$(cat $kernel/release)
-  mkdir -p m/lib r/bin r/dev r/proc r/sys r/run r/modules r/lower r/overlay r/new r/nixbox
+  mkdir -p m/lib
   ln -s $kernel/modules m/lib/modules
-  cp $busybox/bin/busybox r/bin/
-  ln -s busybox r/bin/sh
-  cp $guest/* r/nixbox/
-  mv r/nixbox/stage1 r/init
-  chmod 755 r/init r/nixbox/*
+  ${import ./tree.nix "r"}
   for module in $modules; do
     modprobe -d m -S $version --show-depends $module || {
       echo "nixbox: kernel $version has no module $module" >&2

@@ -1,6 +1,7 @@
 # The root file system: a base made by mmdebstrap from the locked set, then, each on top of the one before and
 # each a derivation of its own so that only what changed is made again, the requested packages and the build
-# scripts. The result is flat: one squashfs.
+# scripts, each kept as a squashfs. The result is flat: one erofs, which every hypervisor's kernel can read and
+# which is quicker to read (docs/decisions/026-erofs.md).
 { lock, fetchDeb, inTools }:
 let
   lines = builtins.concatStringsSep "\n";
@@ -126,5 +127,14 @@ rec {
         [ -z "''${buildNetwork:-}" ] || rm -f "$1/etc/resolv.conf"' \
       --customize-hook="$linked" --customize-hook="$leave" \
       "" - | pack
+  '';
+
+  # No compression that is slow to undo: what a guest reads is read under emulation, too.
+  image = { scripts, network }: on {
+    name = "nixbox-debian-root.erofs";
+    root = withBuild { inherit scripts network; };
+  } ''
+    fakeroot sh -euc 'unsquashfs -q -n -d /tmp/root $root >/dev/null
+      mkfs.erofs -zlz4 --quiet -U 00000000-0000-0000-0000-000000000000 $out /tmp/root'
   '';
 }

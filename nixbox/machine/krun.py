@@ -1,0 +1,297 @@
+"""The libkrun backend: a child process that becomes the machine. The fastest boot where KVM works.
+
+It cannot save a running machine and has no hot-plug: directories of the host are there from the start. Its network
+card is the same TAP device, behind the same filter, as QEMU's; there is no vsock device, which libkrun would use to
+reach the host's network past that filter (docs/decisions/025-libkrun.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import select
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nixbox
+from nixbox import run
+from nixbox.errors import ConfigError, HostError, NixboxError
+from nixbox.machine import libkrun
+from nixbox.machine.backend import Features, Network, Sockets, VmSpec
+from nixbox.machine.qemu import listening
+from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU, Queue
+
+KERNEL_ARGS = (
+    "console=hvc0",
+    "quiet",
+    "panic=-1",
+    "reboot=k",  # the only end of a machine that libkrun notices
+    "root=/dev/root",
+    "rootfstype=virtiofs",
+    "ro",
+    "init=/init",
+    "cryptomgr.notests",
+    "random.trust_cpu=on",
+    # For nix/guest: disks have no serial numbers here, the card no MTU, and sessions come over the network.
+    "nixbox.disks=vda,vdb",
+    f"nixbox.mtu={NETWORK_MTU}",
+    "nixbox.shell=net",
+    "nixbox.off=reboot",
+)
+_TAP = "tap0"
+_START_LIMIT_S = 30.0
+_ASK_TIMEOUT_S = 2.0
+_TUNSETPERSIST, _TUNSETOWNER = 0x400454CB, 0x400454CC  # linux/if_tun.h
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from nixbox.machine.krun_child import main; main()"
+_ELSEWHERE = "`--backend qemu` does without"
+_ENTITLEMENT = "com.apple.security.hypervisor"
+
+
+class Krun:
+    """Backend `krun`: libkrun through cffi. `library` is the path that the user's settings name, if any."""
+
+    name = "krun"
+    features = Features(restore=False, hot_plug=False, emulates=False)
+    kernel, initrd = "krun/vmlinux", "krun/boot"
+
+    def __init__(self, library: str | None = None) -> None:
+        self._configured = library
+
+    def check_host(self) -> None:
+        """The library, and what goes with a machine. Raises HostError."""
+        if sys.platform == "darwin":  # not run on the machines that this was written on
+            _check_entitlement()
+        elif platform.machine() != "x86_64":
+            raise HostError(
+                f"the backend krun runs on x86_64 and on macOS, not on {platform.machine()}", hint=_ELSEWHERE
+            )
+        libkrun.find(self._configured)
+        for program in ("mke2fs", "ssh", "ssh-keygen"):
+            run.tool(program)
+
+    def version(self) -> str:
+        """The library's file: it does not tell its version."""
+        path = libkrun.find(self._configured)
+        info = path.stat()
+        return f"libkrun {path} ({info.st_size} bytes, {info.st_mtime_ns})"
+
+    def shape(self, spec: VmSpec) -> list[str]:
+        """Nothing is ever saved, so nothing depends on it."""
+        return [str(spec.vcpus), str(spec.memory_mib), *KERNEL_ARGS]
+
+    def start(
+        self,
+        spec: VmSpec,
+        sockets: Sockets,
+        network: Network,
+        log: Path,
+        pass_fds: Sequence[int],
+    ) -> int:
+        """Start the child and wait until libkrun has taken its orders. Raises ConfigError, HostError, NixboxError."""
+        check(spec)
+        library = libkrun.find(self._configured)
+        room = sockets.control.parent / "jail"
+        room.mkdir(mode=0o700, exist_ok=True)
+        with (
+            listening(sockets.control) as control,
+            listening(sockets.monitor) as monitor,
+            listening(sockets.shell) as shell,
+        ):
+            listeners = [sock.fileno() for sock in (control, monitor, shell)]
+            settings = _settings(spec) | {
+                "library": str(library),
+                "modules": [str(libkrun.compiled()), libkrun.cffi_directory()],
+                "needed": list(libkrun.NEEDED),
+                "log": str(log),
+                "room": str(room),
+                "sockets": listeners,
+                "parent": os.getpid() if spec.bound else None,
+            }
+            _let_go(network.tap)
+            root = str(Path(nixbox.__file__).parent.parent)
+            argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, f"nixbox-krun-{spec.name}"]
+            inherited = (*listeners, *pass_fds)
+            process = run.spawn(argv, log=log, pass_fds=inherited, inside=network.join, talk=True)
+            _await(process, settings, spec)
+        return process.pid
+
+    def status(self, sockets: Sockets) -> str:
+        """`running`: its process answers. A disk that is full is the guest's to notice."""
+        return _ask(sockets, "status")
+
+    def quit(self, sockets: Sockets) -> None:
+        """End the process."""
+        _ask(sockets, "quit")
+
+    def pause(self, sockets: Sockets) -> None:
+        """Not possible."""
+        raise self._cannot("be paused")
+
+    def resume(self, sockets: Sockets) -> None:
+        """Nothing pauses it."""
+
+    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
+        """Not possible."""
+        raise self._cannot("be saved")
+
+    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
+        """Not possible."""
+        raise self._cannot("go on from a saved state")
+
+    def move(self, source: Sockets, target: Sockets) -> None:
+        """Not possible."""
+        raise self._cannot("be copied")
+
+    def attach(self, sockets: Sockets, tag: str, connection: int) -> None:
+        """Not possible."""
+        raise self._cannot("be given a directory while it runs")
+
+    def queues(self, sockets: Sockets, tag: str) -> tuple[Queue, ...]:
+        """Nobody else sees them."""
+        return ()
+
+    def detach(self, sockets: Sockets, tag: str) -> bool:
+        """Not possible: the guest may only unmount it."""
+        return False
+
+    def _cannot(self, what: str) -> HostError:
+        return HostError(f"a running machine of the backend krun cannot {what}", hint=_ELSEWHERE)
+
+
+def check(spec: VmSpec) -> None:
+    """All that libkrun answers badly or not at all is looked at before: files, CPUs, memory.
+
+    A disk that it cannot open is a bare error number, a directory that is missing hangs the machine for ever.
+    Raises ConfigError for what the config asks for, NixboxError for files.
+    """
+    for path, what in ((spec.kernel, "the image's kernel for libkrun"), (spec.root, "the image's root")):
+        if not path.is_file():
+            raise NixboxError(f"{what} is not there: {path}", hint="`nixbox build` makes the image anew")
+    with spec.kernel.open("rb") as file:
+        head = file.read(20)
+    if head[:4] != b"\x7fELF" or head[18:20] != b"\x3e\x00":
+        raise NixboxError(f"{spec.kernel} is no kernel for this machine (ELF, x86-64)", hint="`nixbox lock` anew")
+    if not (spec.initrd / "init").is_file():
+        raise NixboxError(f"the image has no {spec.initrd}/init to boot", hint="`nixbox build` makes it anew")
+    for path in (spec.root, spec.overlay):
+        mend = "restore it, or `nixbox rm` the machine" if path == spec.overlay else "`nixbox build` makes it anew"
+        try:
+            size = path.stat().st_size
+            os.close(os.open(path, os.O_RDONLY if path == spec.root else os.O_RDWR))
+        except OSError as error:
+            raise NixboxError(f"the disk {path} cannot be opened: {error.strerror}", hint=mend) from None
+        if size == 0 or size % 512:
+            raise NixboxError(f"the disk {path} is damaged: {size} bytes are no whole sectors", hint=mend)
+    host_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    if spec.memory_mib > host_mib:
+        raise ConfigError(
+            f"resources.memory: {spec.memory_mib} MiB is more than this host has ({host_mib} MiB)",
+            hint='lower it, e.g. memory = "2GiB"',
+        )
+
+
+def _settings(spec: VmSpec) -> dict[str, Any]:
+    return {
+        "kernel": str(spec.kernel),
+        "boot": str(spec.initrd),
+        "cmdline": " ".join(KERNEL_ARGS),
+        "disks": [
+            {"id": "root", "path": str(spec.root), "readonly": True},
+            {"id": "overlay", "path": str(spec.overlay), "readonly": False},
+        ],
+        "vcpus": spec.vcpus,
+        "memory_mib": spec.memory_mib,
+        "console_log": str(spec.console_log),
+        "tap": _TAP,
+        "address": (GUEST_ADDRESS, GUEST_SHELL_PORT),
+        "shares": [
+            {
+                "tag": tag,
+                "source": str(share.source),
+                "inode": [share.inode.device, share.inode.number],
+                "readonly": share.readonly,
+                "masks": [[str(path), [inode.device, inode.number]] for path, inode in share.masks],
+            }
+            for tag, share in spec.shares
+        ],
+    }
+
+
+def _let_go(tap: int) -> None:
+    """Let the device stay without a holder, this user's to take: libkrun opens it by its name, once nobody has it."""
+    fcntl.ioctl(tap, _TUNSETOWNER, os.geteuid())
+    fcntl.ioctl(tap, _TUNSETPERSIST, 1)
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), tap, inheritable=False)  # the number stays its owner's to close
+
+
+def _await(process: run.Process, settings: dict[str, Any], spec: VmSpec) -> None:
+    """Hand the child its settings, and wait for its word. Raises ConfigError, HostError, NixboxError."""
+    assert process.stdin is not None and process.stdout is not None
+    with process.stdout as said:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(settings).encode())
+            process.stdin.close()
+        answer = said.readline() if select.select([said], [], [], _START_LIMIT_S)[0] else b""
+    if not answer:
+        process.kill()
+        process.wait()
+        hint = f"`nixbox logs` has its last words; without any, {settings['library']} may be damaged"
+        raise NixboxError("libkrun's process ended or did not answer", hint=hint)
+    words = json.loads(answer)
+    if words["what"] is not None:
+        process.wait()
+        raise explained(words["what"], words["code"], words["detail"], settings["library"], spec)
+
+
+def explained(what: str, code: int, detail: str, library: str, spec: VmSpec) -> NixboxError:
+    """What to make of a refusal (krun_child.Refused)."""
+    why = detail or (os.strerror(code) if code else "it does not say why")
+    if what == "dlopen":
+        mend = "take the one for this machine's architecture: pip install 'nixbox[krun]'; " + _ELSEWHERE
+        return HostError(f"{library} cannot be loaded: {why}", hint=mend)
+    if what == "symbol":
+        mend = "a newer libkrun, with networks and disks, has it: pip install 'nixbox[krun]'; " + _ELSEWHERE
+        return HostError(f"{library} lacks {why}", hint=mend)
+    if what == "vcpus":
+        return ConfigError(
+            f"resources.vcpus: {spec.vcpus} is more than libkrun can give a machine here ({why})",
+            hint=f"at most vcpus = {why}",
+        )
+    if what == "jail":
+        return HostError(f"the machine's process cannot be jailed: {why}", hint="`nixbox doctor` tells more")
+    if what == "system":
+        return NixboxError(f"the machine's process cannot begin: {why}", hint="`nixbox logs` has its last words")
+    return NixboxError(f"libkrun refuses {what}: {why}", hint=f"its own words: `nixbox logs`; {_ELSEWHERE}")
+
+
+def _ask(sockets: Sockets, word: str) -> str:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_ASK_TIMEOUT_S)
+            sock.connect(str(sockets.monitor))
+            sock.sendall(word.encode() + b"\n")
+            return sock.recv(64).decode(errors="replace").strip()
+    except ConnectionResetError:  # it ended at the word
+        return ""
+    except OSError as error:
+        raise NixboxError(f"the machine's process does not answer: {error}") from None
+
+
+def _check_entitlement() -> None:  # macOS; not run on the machines that this was written on
+    """Apple's hypervisor is for programs that are signed for it: this Python has to be."""
+    argv = ["codesign", "--display", "--entitlements", "-", "--xml", sys.executable]
+    said = run.run(argv, timeout_s=20, check=False).stdout
+    if _ENTITLEMENT not in said:
+        raise HostError(
+            f"{sys.executable} may not use Apple's hypervisor: it lacks the entitlement {_ENTITLEMENT}",
+            hint="sign it: codesign --sign - --force --entitlements FILE "
+            + sys.executable
+            + " (FILE: a property list with that key set to true)",
+        )

@@ -1,0 +1,268 @@
+"""The process that becomes a libkrun machine: it jails itself, gives the library its orders and never returns.
+
+Started without the site's packages and with few imports: a machine's boot waits for it. Its settings come on
+standard input (krun.Krun.start), its answer is a line of JSON on standard output, and what libkrun itself says goes
+to standard error, the machine's vm.log. From the jail on it sees the machine's own files, two devices and itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nixbox import jails, linux
+from nixbox.machine import relay
+
+_ELF = 1  # KRUN_KERNEL_FORMAT_ELF
+_RAW = 0  # KRUN_DISK_FORMAT_RAW
+_WARN, _NO_STYLE, _NO_ENV = 2, 2, 1  # krun_init_log
+# virtio_net.h: checksums and segments of TCP over IPv4, both ways.
+_NET_FEATURES = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 11
+_MAC = bytes.fromhex("525400123456")
+_DEVICES = ("/dev/kvm", "/dev/net/tun")
+_PANICKED = b"panicked at"
+_BOOTING_S = 60.0  # that long the log is looked at often: a device that cannot be set up panics then
+_EXIT_CODE = 125
+# libkrun writes the number, rounded up to a power of two, into a byte of CPUID: more is "VcpuCountOverflow".
+_MOST_VCPUS = 128
+
+
+class Refused(Exception):
+    """libkrun, or the system, refused a step: `what` it was, its `code` (an errno, or 0) and a `detail` in words."""
+
+    def __init__(self, what: str, code: int = 0, detail: str = "") -> None:
+        super().__init__(what)
+        self.what, self.code, self.detail = what, code, detail
+
+
+class Library:
+    """libkrun's functions, each looked up when it is called."""
+
+    def __init__(self, path: str, ffi: Any, needed: list[str]) -> None:
+        self.ffi = ffi
+        try:
+            self._lib = ffi.dlopen(path, ffi.RTLD_LAZY)  # lazily: graphics libraries are no part of some builds
+        except OSError as error:
+            raise Refused("dlopen", detail=str(error)) from None
+        missing = [name for name in needed if not self.has(name)]
+        if missing:
+            raise Refused("symbol", detail=", ".join(missing))
+
+    def has(self, name: str) -> bool:
+        """Whether this build has a function."""
+        try:
+            return getattr(self._lib, name) is not None
+        except (AttributeError, self.ffi.error):
+            return False
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Call a function. Raises Refused when it returns an error, with libkrun's own words if it has some."""
+        result: int = getattr(self._lib, name)(*arguments)
+        if result < 0:
+            said = self._lib.krun_get_last_error() if self.has("krun_get_last_error") else self.ffi.NULL
+            raise Refused(
+                name, -result, "" if said == self.ffi.NULL else self.ffi.string(said).decode(errors="replace")
+            )
+        return result
+
+
+def enter_jail(settings: dict[str, Any]) -> None:
+    """Leave everything behind but the machine's files, under short names, and the two devices. Raises Refused.
+
+    In a user namespace below that of its network: there it has rights until it gives them up, and over its network
+    it has none from the first moment.
+    """
+    step = "namespaces"
+    try:
+        before = _descriptors()
+        files = {f"/disk{i}": disk["path"] for i, disk in enumerate(settings["disks"])}
+        files |= {"/kernel": settings["kernel"]} | {name: name for name in _DEVICES}
+        linux.own_user_namespace(linux.CLONE_NEWNS | linux.CLONE_NEWIPC, jails.USER)
+        linux.mount("none", "/", None, linux.MS_REC | linux.MS_SLAVE)
+        root = settings["room"]
+        linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755,size=64k")
+        for name, path in files.items():
+            step = path
+            Path(root + name).parent.mkdir(parents=True, exist_ok=True)
+            Path(root + name).touch()
+            linux.mount(path, root + name, None, linux.MS_BIND)
+        step = settings["boot"]
+        Path(root + "/boot").mkdir()
+        jails.bind_closed(os.open(settings["boot"], os.O_PATH | os.O_DIRECTORY), root + "/boot")
+        for number, words in enumerate(settings["shares"]):
+            share = _share(words)
+            step = str(share.source)
+            target = f"{root}/share{number}"
+            Path(target).mkdir()
+            jails.bind_share(share, share.open(), target)
+            for path, inode in share.masks:
+                jails.mask(target, path, inode)
+        step = "the jail"
+        jails.bind_own_process(root)
+        jails.close(root)
+        for fd in _descriptors() - before:  # of directories as the host has them: ways out, past every mask
+            os.close(fd)
+        jails.raise_limit()
+        linux.give_up()
+        # This process executes nothing, so it would keep every right over its mounts, and whoever takes it over could
+        # undo the masks. These two are worth nothing where there is one user, but without them some builds' file
+        # system (my_uid) shows that user's files as root's.
+        linux.keep_only(linux.CAP_SETGID, linux.CAP_SETUID)
+        linux.seccomp(jails.no_setuid(platform.machine()))
+    except OSError as error:
+        raise Refused("jail", error.errno or 0, f"{step}: {error.strerror}") from None
+
+
+def _descriptors() -> set[int]:
+    """All that is open."""
+    found = set()
+    for path in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # that which listed them is closed by now
+            os.fstat(int(path.name))
+            found.add(int(path.name))
+    return found
+
+
+def _share(words: dict[str, Any]) -> jails.Share:
+    masks = tuple((Path(path), jails.Inode(*inode)) for path, inode in words["masks"])
+    return jails.Share(Path(words["source"]), jails.Inode(*words["inode"]), words["readonly"], masks)
+
+
+def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) -> int:
+    """Give libkrun the whole machine, piece by piece; returns its context. Raises Refused."""
+    ffi = lib.ffi
+    lib.call("krun_init_log", -1, _WARN, _NO_STYLE, _NO_ENV)
+    most = _MOST_VCPUS
+    if lib.has("krun_get_max_vcpus"):
+        most = min(most, lib.call("krun_get_max_vcpus"))
+    if settings["vcpus"] > most:
+        raise Refused("vcpus", detail=str(most))
+    context = lib.call("krun_create_ctx")
+    # Version 1 has these of itself; its vsock device would be a way to the host's network past every filter.
+    for name in ("krun_disable_implicit_vsock", "krun_disable_implicit_console"):
+        if lib.has(name):
+            lib.call(name, context)
+    lib.call("krun_disable_implicit_init", context)
+    lib.call("krun_set_vm_config", context, settings["vcpus"], settings["memory_mib"])
+    lib.call("krun_set_kernel", context, b"/kernel", _ELF, ffi.NULL, settings["cmdline"].encode())
+    if lib.has("krun_set_exec"):
+        # Without these libkrun hands the guest this process's own environment.
+        nothing = ffi.new("char *[]", [ffi.NULL])
+        lib.call("krun_set_exec", context, b"/init", nothing, nothing)
+    lib.call("krun_add_virtiofs3", context, b"/dev/root", b"/boot", 0, True)
+    for number, disk in enumerate(settings["disks"]):
+        path = f"/disk{number}".encode()
+        lib.call("krun_add_disk2", context, disk["id"].encode(), path, _RAW, disk["readonly"])
+    for number, share in enumerate(settings["shares"]):
+        path = f"/share{number}".encode()
+        lib.call("krun_add_virtiofs3", context, share["tag"].encode(), path, 0, share["readonly"])
+    tap = ffi.new("char[]", settings["tap"].encode())
+    lib.call("krun_add_net_tap", context, tap, ffi.new("uint8_t[6]", _MAC), _NET_FEATURES, 0)
+    ports = lib.call("krun_add_virtio_console_multiport", context)
+    lib.call("krun_add_console_port_tty", context, ports, b"", console)
+    lib.call("krun_add_console_port_inout", context, ports, b"nixbox.control", guest, guest)
+    return context
+
+
+# --- the threads beside the VM ---
+
+
+def _keep_console(terminal: int, log: int) -> None:
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 1 << 16):
+            os.write(log, data)
+
+
+def _watch_log(log: int) -> None:
+    """A device's thread that panics leaves a VM that hangs for ever: end it."""
+    begun = time.monotonic()
+    offset = os.fstat(log).st_size
+    rest = b""
+    while True:
+        time.sleep(0.1 if time.monotonic() - begun < _BOOTING_S else 5.0)
+        data = rest + os.pread(log, 1 << 16, offset)
+        offset += len(data) - len(rest)
+        rest = data[-len(_PANICKED) :]
+        if _PANICKED in data:
+            os._exit(_EXIT_CODE)
+
+
+def _serve_monitor(listener: socket.socket) -> None:
+    """`status` and `quit`, a word a connection (krun.Krun)."""
+    while True:
+        asker, _ = listener.accept()
+        with asker, contextlib.suppress(OSError):
+            asker.settimeout(1.0)
+            word = asker.recv(64).strip()
+            if word == b"quit":
+                os._exit(0)  # what the guest has written is in the files already
+            asker.sendall(b"running\n" if word == b"status" else b"?\n")
+
+
+def _begin_threads(settings: dict[str, Any], guest: socket.socket, terminal: int, console: int, log: int) -> None:
+    control, monitor, shell = (socket.socket(fileno=fd) for fd in settings["sockets"])
+    address, port = settings["address"]
+    for target, arguments in (
+        (relay.serve_control, (control, guest)),
+        (relay.serve_shell, (shell, (address, port))),
+        (_serve_monitor, (monitor,)),
+        (_keep_console, (terminal, console)),
+        (_watch_log, (log,)),
+    ):
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+
+
+# --- the process ---
+
+
+def _answer(**words: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(words).encode() + b"\n")
+
+
+def _give_up(refused: Refused) -> NoReturn:
+    if refused.what != "krun_start_enter":
+        _answer(what=refused.what, code=refused.code, detail=refused.detail)
+    why = os.strerror(refused.code) if refused.code else ""
+    words = " ".join(word for word in (why, refused.detail) if word)
+    print(f"nixbox: libkrun refuses {refused.what}: {words or 'it does not say why'}", file=sys.stderr, flush=True)
+    os._exit(_EXIT_CODE)
+
+
+def main() -> None:
+    """`krun_child`: settings on standard input; becomes the VM."""
+    settings = json.load(sys.stdin)
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler never runs while the VM does
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.path[:0] = settings["modules"]
+    try:
+        import nixbox_krun  # type: ignore[import-not-found]  # made by libkrun.compiled
+
+        library = Library(settings["library"], nixbox_krun.ffi, settings["needed"])
+        terminal, console = os.openpty()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        console_log = os.open(settings["console_log"], flags, 0o600)
+        log = os.open(settings["log"], os.O_RDONLY | os.O_CLOEXEC)
+        enter_jail(settings)
+        if settings["parent"] is not None:
+            linux.end_with_parent(settings["parent"])
+        ours, guest = socket.socketpair()
+        context = configure(library, settings, console, guest.fileno())
+        _begin_threads(settings, ours, terminal, console_log, log)
+        _answer(what=None)
+        os.dup2(2, 1)  # from here on every word is for the log
+        library.call("krun_start_enter", context)
+    except Refused as refused:
+        _give_up(refused)
+    except OSError as error:
+        _give_up(Refused("system", error.errno or 0, str(error)))

@@ -1,0 +1,144 @@
+"""What QEMU does with its serial ports and other hypervisors do not: connections that come and go on a unix socket.
+
+Both functions are for threads of the process that is, or looks after, the VM: they live and end with it.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+import time
+
+# The control messages that a payload of so many bytes follows (guest/control.py).
+WITH_PAYLOAD = (b"go", b"env", b"mount", b"unmount")
+_CHUNK = 1 << 16
+_LONGEST = 16 << 20  # of one message
+# Until the guest's server listens: a refused connection costs a fraction of this, one that nobody answers all of it.
+_CONNECT_TIMEOUT_S = 0.25
+_CONNECT_AGAIN_S = 0.005
+_CONNECT_LIMIT_S = 60.0
+
+
+class Framing:
+    """Takes a stream of control messages apart: only whole ones come out."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def whole(self, data: bytes) -> bytes:
+        """What is complete with `data`. Raises ValueError for what is longer than any message."""
+        self._data += data
+        end = 0
+        while (length := self._next(end)) is not None and end + length <= len(self._data):
+            end += length
+        if len(self._data) - end > _LONGEST:
+            raise ValueError("a control message is longer than 16 MiB")
+        done, self._data = self._data[:end], self._data[end:]
+        return done
+
+    def _next(self, start: int) -> int | None:
+        """The length of the message at `start`, its payload included; None when its first line is not whole yet."""
+        end = self._data.find(b"\n", start)
+        if end < 0:
+            return None
+        words = self._data[start:end].split()
+        payload = int(words[1]) if len(words) > 1 and words[0] in WITH_PAYLOAD and words[1].isdigit() else 0
+        return end + 1 - start + payload
+
+
+def serve_control(listener: socket.socket, guest: socket.socket) -> None:
+    """Give whoever connects to `listener`, one at a time, the guest's control channel, which never closes.
+
+    The guest does not notice that a host goes away, so it only ever gets whole messages: what was cut off in the
+    middle is dropped. What it says while nobody is connected waits. Returns when the guest's end is closed.
+    """
+    while True:
+        host, _ = listener.accept()
+        with host:
+            try:
+                if not _session(host, guest):
+                    return
+            except ConnectionError:
+                return
+
+
+def _session(host: socket.socket, guest: socket.socket) -> bool:
+    """Until the host has gone; whether the guest is still there. Raises ConnectionError of the guest's end."""
+    framing = Framing()
+    with selectors.DefaultSelector() as selector:
+        selector.register(host, selectors.EVENT_READ)
+        selector.register(guest, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in selector.select()}
+            if host in ready:  # before the guest: what that says to a host that has gone is for the next
+                try:
+                    data = host.recv(_CHUNK)
+                    whole = framing.whole(data)
+                except (ConnectionError, ValueError):
+                    return True
+                if not data:
+                    return True
+                guest.sendall(whole)
+            if guest in ready:
+                said = guest.recv(_CHUNK)
+                if not said:
+                    return False
+                try:
+                    host.sendall(said)
+                except ConnectionError:
+                    return True
+
+
+def serve_shell(listener: socket.socket, address: tuple[str, int]) -> None:
+    """Make every connection to `listener` one to a server of the guest's, in this process's network namespace."""
+    while True:
+        host, _ = listener.accept()
+        threading.Thread(target=_shell, args=(host, address), daemon=True).start()
+
+
+def _shell(host: socket.socket, address: tuple[str, int]) -> None:
+    with host:
+        try:
+            guest = _connected(address)
+        except OSError:
+            return
+        with guest:
+            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            there = threading.Thread(target=_copy, args=(host, guest), daemon=True)
+            there.start()
+            _copy(guest, host)
+            there.join()
+
+
+def _connected(address: tuple[str, int]) -> socket.socket:
+    """Connect to a server that may not listen yet. Raises OSError after a minute."""
+    deadline = time.monotonic() + _CONNECT_LIMIT_S
+    while True:
+        # Not create_connection: it looks names up, for which a process in a jail has no files.
+        guest = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            guest.settimeout(_CONNECT_TIMEOUT_S)
+            guest.connect(address)
+        except OSError:
+            guest.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_CONNECT_AGAIN_S)
+        else:
+            guest.settimeout(None)
+            return guest
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    """Bytes one way until either end is closed; then both ways end: a shell's stream has no half."""
+    try:
+        while data := source.recv(_CHUNK):
+            target.sendall(data)
+    except OSError:
+        pass
+    for sock in (source, target):
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
