@@ -19,13 +19,13 @@ from tests.vm.conftest import make_home
 
 # A port is no terminal: one is made in the box.
 _SHELL = """
-import os, pathlib, pty
+import os, pathlib, pty, sys
 for port in pathlib.Path("/sys/class/virtio-ports").iterdir():
     if (port / "name").read_text().strip() == "box.shell":
         fd = os.open("/dev/" + port.name, os.O_RDWR)
 for n in (0, 1, 2):
     os.dup2(fd, n)
-pty.spawn(["sh", "-c", "stty rows ROWS columns COLUMNS; exec bash -i"])
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", "stty rows ROWS columns COLUMNS; exec bash -i"])))
 """
 _LONGEST_S = 24 * 3600.0
 

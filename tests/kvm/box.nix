@@ -12,7 +12,7 @@ let
     guest = ./guest;
     modules = [
       "virtio_pci" "virtio_console" "virtio_net" "9pnet_virtio" "9p" "overlay"
-      "kvm" "kvm-amd" "tun" "fuse"
+      "kvm" "kvm-amd" "tun" "fuse" "veth"
       # What a machine's network asks for; the box has no modprobe for this kernel.
       "nf_tables" "nft_ct" "nft_limit" "nft_log" "nft_reject_inet" "nft_masq" "nft_chain_nat" "nfnetlink_log"
     ];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def make_home() -> Iterator[Home]:
     env |= {"LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
     first = Workspace(path / "first", env)
     first.path.mkdir()
-    first.config(f'name = "box"\nmounts = []\n{RESOURCES}')
+    # With the kernel for libkrun, where there is one: every hypervisor then runs machines of the one image.
+    backend = '[machine]\nbackend = "krun"\n' if platform.machine() == "x86_64" else ""
+    first.config(f'name = "box"\nmounts = []\n{RESOURCES}{backend}')
     first("lock")
     first("build")
     try:
