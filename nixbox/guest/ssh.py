@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
+from nixbox.guest import keys
 
 _TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 20  # of ssh itself, up to the server's first words
@@ -45,15 +46,9 @@ def make_keys(directory: Path) -> None:
         key = directory / name
         if key.exists() and key.with_suffix(".pub").exists():
             continue
-        # ssh-keygen writes the two files one after the other: make them aside, the private one last.
-        new = directory / f"{name}.new"
         # An old private key without its other half goes first, or it could be taken for the new one's.
-        for leftover in (key, new, Path(f"{new}.pub")):
-            leftover.unlink(missing_ok=True)
-        argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nixbox", "-f", str(new)]
-        run.run(argv, timeout_s=_TIMEOUT_S)
-        Path(f"{new}.pub").replace(key.with_suffix(".pub"))
-        new.replace(key)
+        key.unlink(missing_ok=True)
+        keys.make(key)
 
 
 def _quoted(path: Path) -> str:

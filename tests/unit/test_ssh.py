@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from nixbox import paths
 from nixbox.errors import HostError
-from nixbox.guest import ssh
+from nixbox.guest import keys, ssh
 from nixbox.run import run
 
 HANG_S = 30.0
@@ -69,6 +69,31 @@ def test_keys_stay(tmp_path: Path) -> None:
     ssh.make_keys(tmp_path)
     assert [check_pair(tmp_path, name) for name in ("host_key", "user_key")] == first
     assert {p.name for p in tmp_path.iterdir()} == {"host_key", "host_key.pub", "user_key", "user_key.pub"}
+
+
+@needs_ssh
+@pytest.mark.parametrize("library", [True, False])
+def test_a_pair_signs_and_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    if not library:
+        monkeypatch.setattr(keys, "_NAMES", ("libnowhere.so.9",))
+    assert (keys.public_half(bytes(32)) is not None) is library
+    keys.make(tmp_path / "key")
+    public = check_pair(tmp_path, "key")
+    (tmp_path / "allowed").write_text(f"me ssh-ed25519 {public}\n")
+    (tmp_path / "text").write_text("words")
+    sign = ["ssh-keygen", "-q", "-Y", "sign", "-f", str(tmp_path / "key"), "-n", "file", str(tmp_path / "text")]
+    run(sign, timeout_s=HANG_S)
+    verify = ["ssh-keygen", "-Y", "verify", "-f", str(tmp_path / "allowed"), "-I", "me", "-n", "file"]
+    verify += ["-s", str(tmp_path / "text.sig")]
+    with (tmp_path / "text").open("rb") as text:
+        done = subprocess.run(verify, stdin=text, capture_output=True, check=False)
+    assert done.returncode == 0, done
+
+
+def test_the_public_half_is_that_of_the_standard() -> None:
+    # RFC 8032, 7.1, test 1.
+    seed = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+    assert keys.public_half(seed) == bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
 
 
 @needs_ssh

@@ -1,0 +1,103 @@
+"""Key pairs for SSH (ed25519), made in this process: to start ssh-keygen twice is a tenth of a quick machine's start.
+
+The private half of such a key is 32 random bytes; the public one is computed by OpenSSL's libcrypto, which Python and
+OpenSSH themselves use. Where that is not found, ssh-keygen makes the pair.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import os
+import textwrap
+from pathlib import Path
+
+from nixbox import run
+
+_ED25519 = 1087  # openssl/obj_mac.h: NID_ED25519
+_BYTES = 32  # of either half (RFC 8032)
+_NAMES = ("libcrypto.so.3", "libcrypto.so.1.1")
+_TIMEOUT_S = 30.0
+COMMENT = b"nixbox"
+
+
+def make(private: Path) -> None:
+    """Write a new pair: `private`, and beside it the same name with `.pub`. Both whole, the private one last."""
+    for leftover in private.parent.glob(f"{private.name}*.new*"):  # of a making that was cut off
+        leftover.unlink()
+    seed = os.urandom(_BYTES)
+    public = public_half(seed)
+    if public is None:
+        _by_ssh_keygen(private)
+        return
+    blob = _string(b"ssh-ed25519") + _string(public)
+    line = b" ".join((b"ssh-ed25519", base64.b64encode(blob), COMMENT))
+    _write(private.with_suffix(".pub"), line + b"\n", 0o644)
+    _write(private, _openssh(seed, public).encode(), 0o600)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Whole or not at all; not synced: a machine that never came up needs no key."""
+    new = path.with_name(f"{path.name}.new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(new, flags, mode), "wb") as file:
+        file.write(data)
+    new.replace(path)
+
+
+def public_half(seed: bytes) -> bytes | None:
+    """The public half of a private one (EVP_PKEY_new_raw_private_key(3)); None where there is no libcrypto for it."""
+    lib = _libcrypto()
+    if lib is None:
+        return None
+    key = lib.EVP_PKEY_new_raw_private_key(_ED25519, None, seed, len(seed))
+    if not key:
+        return None
+    public, length = ctypes.create_string_buffer(_BYTES), ctypes.c_size_t(_BYTES)
+    done = lib.EVP_PKEY_get_raw_public_key(key, public, ctypes.byref(length))
+    lib.EVP_PKEY_free(key)
+    return public.raw if done == 1 and length.value == _BYTES else None
+
+
+def _libcrypto() -> ctypes.CDLL | None:
+    with contextlib.suppress(ImportError):
+        import _hashlib  # noqa: F401 - with it the library is loaded already, wherever this Python has it
+    for name in _NAMES:
+        try:
+            lib = ctypes.CDLL(name)
+            lib.EVP_PKEY_new_raw_private_key.restype = ctypes.c_void_p
+            kinds = (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+            lib.EVP_PKEY_new_raw_private_key.argtypes = kinds
+            lib.EVP_PKEY_get_raw_public_key.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+            lib.EVP_PKEY_free.argtypes = (ctypes.c_void_p,)
+        except (OSError, AttributeError):
+            continue
+        return lib
+    return None
+
+
+def _string(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+def _openssh(seed: bytes, public: bytes) -> str:
+    """A private key as OpenSSH keeps it, without a passphrase (OpenSSH's PROTOCOL.key)."""
+    kind = _string(b"ssh-ed25519")
+    check = os.urandom(4)  # twice the same: how a wrong passphrase is noticed
+    secret = check + check + kind + _string(public) + _string(seed + public) + _string(COMMENT)
+    secret += bytes(range(1, 1 + -len(secret) % 8))
+    none = _string(b"none")
+    data = b"openssh-key-v1\0" + none + none + _string(b"") + (1).to_bytes(4, "big")
+    data += _string(kind + _string(public)) + _string(secret)
+    lines = textwrap.wrap(base64.b64encode(data).decode(), 70)
+    return "\n".join(("-----BEGIN OPENSSH PRIVATE KEY-----", *lines, "-----END OPENSSH PRIVATE KEY-----", ""))
+
+
+def _by_ssh_keygen(private: Path) -> None:
+    # It writes the two files one after the other: made aside, the private one is moved last.
+    new = private.with_name(f"{private.name}.new")
+    argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", COMMENT.decode(), "-f", str(new)]
+    run.run(argv, timeout_s=_TIMEOUT_S)
+    Path(f"{new}.pub").replace(private.with_suffix(".pub"))
+    new.replace(private)
