@@ -288,6 +288,15 @@ def _end_group(pid: int, reap: Callable[[], object] = lambda: None) -> None:
             time.sleep(0.05)
 
 
+def own_program(module: str, label: str) -> list[str]:
+    """The command line of a module of ours whose `main` is a process, started without the site's packages: a machine
+    waits for it. `label` is what a list of processes shows; further arguments may follow.
+    """
+    root = str(Path(__file__).parent.parent)
+    boot = f"import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
+    return [sys.executable, "-I", "-S", "-c", boot, root, label]
+
+
 def spawn(
     argv: Sequence[str],
     *,

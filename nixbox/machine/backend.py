@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from nixbox import run
+from nixbox.errors import NixboxError
 from nixbox.jails import Share
 from nixbox.plan.model import Accelerator, Queue
 
@@ -63,6 +67,26 @@ class VmSpec:
     shares: tuple[tuple[str, Share], ...] = ()
 
 
+def listening(path: Path) -> socket.socket:
+    """A listening unix socket, private to this user; a stale one is replaced."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise NixboxError(f"cannot make the socket {path}: {error.strerror}") from None
+    return listener
+
+
+def check_tools(*more: str) -> None:
+    """Raise HostError when a program is missing: one that makes every machine's disk or keys, or one of `more`."""
+    for program in (*more, "mke2fs", "ssh", "ssh-keygen"):
+        run.tool(program)
+
+
 @dataclass(frozen=True, slots=True)
 class Sockets:
     """Unix sockets of a running machine, in its runtime directory; `shell` is that of nixbox's own SSH connection."""
@@ -75,6 +99,12 @@ class Sockets:
     def in_dir(cls, directory: Path) -> Sockets:
         """The names are short: a unix socket path holds 107 bytes (unix(7))."""
         return cls(directory / "ctl", directory / "qmp", directory / "ssh")
+
+    @contextmanager
+    def listening(self) -> Iterator[tuple[socket.socket, socket.socket, socket.socket]]:
+        """All three of them, for the VM's process to inherit. Raises NixboxError."""
+        with listening(self.control) as control, listening(self.monitor) as monitor, listening(self.shell) as shell:
+            yield control, monitor, shell
 
 
 class Network(Protocol):

@@ -22,17 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nixbox
 from nixbox import linux, run
 from nixbox.errors import HostError, NixboxError, TimeoutExpired
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec
+from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools, listening
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
-from nixbox.machine.qemu import listening
 from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, Queue
 
 PROGRAM = "cloud-hypervisor"
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from nixbox.machine.cloud_hypervisor_child import main; main()"
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
 _LAUNCHER_TIMEOUT_S = 30.0  # it waits itself for cloud-hypervisor, and for a guest that lets go of a directory
 _MEMORY = "mem"
@@ -128,8 +125,7 @@ class CloudHypervisor:
                 hint="--backend qemu",
             )
         _program()
-        for program in ("mke2fs", "ssh", "ssh-keygen"):
-            run.tool(program)
+        check_tools()
 
     def version(self) -> str:
         """`cloud-hypervisor v…`, as the program says it."""
@@ -156,12 +152,7 @@ class CloudHypervisor:
                 hint="--backend qemu runs everywhere",
             )
         serial = sockets.control.with_name("serial")
-        with (
-            listening(sockets.control) as control,
-            listening(sockets.monitor) as monitor,
-            listening(sockets.shell) as shell,
-            listening(launcher_socket(sockets)) as launcher,
-        ):
+        with sockets.listening() as (control, monitor, shell), listening(launcher_socket(sockets)) as launcher:
             fds = {
                 "control": control.fileno(),
                 "api": monitor.fileno(),
@@ -186,8 +177,7 @@ class CloudHypervisor:
                 if spec.bound:
                     linux.end_with_parent(parent)
 
-            root = str(Path(nixbox.__file__).parent.parent)
-            argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, f"nixbox-{spec.name}"]
+            argv = run.own_program("nixbox.machine.cloud_hypervisor_child", f"nixbox-{spec.name}")
             inherited = (*fds.values(), *pass_fds)
             process = run.spawn(argv, log=log, pass_fds=inherited, inside=inside, talk=True)
         assert process.stdin is not None and process.stdout is not None

@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nixbox
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import libkrun
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec
-from nixbox.machine.qemu import listening
+from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools
 from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU, Queue
 
 KERNEL_ARGS = (
@@ -48,7 +46,6 @@ _TAP = "tap0"
 _START_LIMIT_S = 30.0
 _ASK_TIMEOUT_S = 2.0
 _TUNSETPERSIST, _TUNSETOWNER = 0x400454CB, 0x400454CC  # linux/if_tun.h
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from nixbox.machine.krun_child import main; main()"
 _ELSEWHERE = "`--backend qemu` does without"
 _ENTITLEMENT = "com.apple.security.hypervisor"
 
@@ -72,8 +69,7 @@ class Krun:
                 f"the backend krun runs on x86_64 and on macOS, not on {platform.machine()}", hint=_ELSEWHERE
             )
         libkrun.find(self._configured)
-        for program in ("mke2fs", "ssh", "ssh-keygen"):
-            run.tool(program)
+        check_tools()
 
     def version(self) -> str:
         """The library's file: it does not tell its version."""
@@ -98,12 +94,8 @@ class Krun:
         library = libkrun.find(self._configured)
         room = sockets.control.parent / "jail"
         room.mkdir(mode=0o700, exist_ok=True)
-        with (
-            listening(sockets.control) as control,
-            listening(sockets.monitor) as monitor,
-            listening(sockets.shell) as shell,
-        ):
-            listeners = [sock.fileno() for sock in (control, monitor, shell)]
+        with sockets.listening() as served:
+            listeners = [sock.fileno() for sock in served]
             settings = _settings(spec) | {
                 "library": str(library),
                 "modules": [str(libkrun.compiled()), libkrun.cffi_directory()],
@@ -114,8 +106,7 @@ class Krun:
                 "parent": os.getpid() if spec.bound else None,
             }
             _let_go(network.tap)
-            root = str(Path(nixbox.__file__).parent.parent)
-            argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, f"nixbox-krun-{spec.name}"]
+            argv = run.own_program("nixbox.machine.krun_child", f"nixbox-krun-{spec.name}")
             inherited = (*listeners, *pass_fds)
             process = run.spawn(argv, log=log, pass_fds=inherited, inside=network.join, talk=True)
             _await(process, settings, spec)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from nixbox import linux, paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec
+from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools
 from nixbox.machine.qmp import Qmp, QmpClosed, QmpCommandError, QmpTimeout
 from nixbox.plan.model import Queue
 
@@ -22,20 +21,6 @@ _QMP_TIMEOUT_S = 10.0
 _UNPLUG_TIMEOUT_S = 5.0
 _QUEUE = 512  # requests that may wait at a time
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
-
-
-def listening(path: Path) -> socket.socket:
-    """A listening unix socket, private to this user; a stale one is replaced."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(8)
-    except OSError as error:
-        listener.close()
-        raise NixboxError(f"cannot make the socket {path}: {error.strerror}") from None
-    return listener
 
 
 class Qemu:
@@ -52,8 +37,7 @@ class Qemu:
                 f"this version runs machines on x86_64 hosts only, not on {platform.machine()}",
                 hint="images for aarch64 can be locked and built already",
             )
-        for program in (_PROGRAM, "mke2fs", "ssh", "ssh-keygen"):
-            run.tool(program)
+        check_tools(_PROGRAM)
 
     def version(self) -> str:
         """`QEMU emulator version …`, as the program says it; asked once for each program file."""
@@ -86,11 +70,7 @@ class Qemu:
         pass_fds: Sequence[int],
     ) -> int:
         """Start QEMU in its network namespace with the listening sockets and `pass_fds` as inherited descriptors."""
-        with (
-            listening(sockets.control) as control,
-            listening(sockets.monitor) as monitor,
-            listening(sockets.shell) as shell,
-        ):
+        with sockets.listening() as (control, monitor, shell):
             fds = qemu_args.Fds(control.fileno(), monitor.fileno(), shell.fileno(), network.tap)
             argv = qemu_args.argv(spec, fds, sandbox=sys.platform == "linux")
             inherited = (fds.control, fds.monitor, fds.shell, fds.tap, *pass_fds)

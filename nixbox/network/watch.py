@@ -9,13 +9,11 @@ import os
 import select
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nixbox
 from nixbox import run
 from nixbox.errors import HostError, NixboxError
 from nixbox.network import namespace
@@ -23,7 +21,6 @@ from nixbox.plan.model import Policy
 
 _READY_TIMEOUT_S = 30.0
 _ASK_TIMEOUT_S = 10.0
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from nixbox.network.guard import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,7 @@ class Watch:
             "runtime": str(files.runtime),
             "log": str(files.refused),
         }
-        root = str(Path(nixbox.__file__).parent.parent)
-        argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, f"nixbox-guard-{name}"]
+        argv = run.own_program("nixbox.network.guard", f"nixbox-guard-{name}")
         # Held by all of its processes, so that whoever ends the machine can wait for them.
         lock = os.open(files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nixbox.guest import control
 from nixbox.guest.control import Control, Go
 from nixbox.machine import relay
-from nixbox.machine.qemu import listening
+from nixbox.machine.backend import listening
 
 HANG_S = 10.0  # nothing here may take this long: a bound against hangs, not a measure of speed
 LARGE = bytes(range(256)) * (1 << 14)  # 4 MiB, far more than any buffer on the way
