@@ -24,6 +24,7 @@ from nixbox.plan.model import Accelerator
 
 TIMEOUT_S = 240.0
 NAME = "bare"
+DISK_MIB = 2048
 
 
 def spec(
@@ -45,6 +46,7 @@ def spec(
         console_log=work / "console",
         vcpus=vcpus,
         memory_mib=memory_mib,
+        disk_mib=DISK_MIB,
         accelerator=accelerator,
         memory_file=memory,
         incoming=memory is not None,
@@ -165,7 +167,7 @@ class ColdGuest:
         self.image = image
         self.spec = spec(work, image, vcpus=vcpus, memory_mib=memory_mib, accelerator=accelerator)
         with self.spec.overlay.open("wb") as disk:
-            disk.truncate(2 << 30)
+            disk.truncate(DISK_MIB << 20)
         subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-F", str(self.spec.overlay)], check=True)
 
     def first_command(self) -> None:

@@ -43,8 +43,8 @@ def prepare(directory: Path, root: Path) -> None:
         subprocess.run(["fsck.erofs", f"--extract={directory / 'root'}", str(root)], check=True, capture_output=True)
 
 
-def _run(box: Box, argv: list[str]) -> Done:
-    env = {"HOME": "/tmp/peer", "MSB_HOME": "/tmp/peer/msb", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+def _run(box: Box, argv: list[str], **more: str) -> Done:
+    env = {"HOME": "/tmp/peer", "MSB_HOME": "/tmp/peer/msb", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} | more
     try:
         done = box.run(argv, env=env, timeout_s=LIMIT_S)
     except BoxError as error:
@@ -61,7 +61,9 @@ def smolmachines(box: Box, directory: Path, vcpus: int, memory_mib: int) -> tupl
         box, ["sh", "-euc", "mkdir -p /tmp/peer; chmod 0666 /dev/kvm"]
     )  # as udev has it: it is not root that opens it
     program = [sys.executable, "-I", "-S", "-c", _SMOL, str(directory / "packages"), str(directory / "root")]
-    whole, start = json.loads(_run(box, [*program, str(vcpus), str(memory_mib)]).stdout)
+    # It does not always find what lies beside it.
+    libraries = str(directory / "packages" / "smol")
+    whole, start = json.loads(_run(box, [*program, str(vcpus), str(memory_mib)], SMOLVM_LIB_DIR=libraries).stdout)
     return whole, start
 
 

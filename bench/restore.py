@@ -67,7 +67,7 @@ def restore(work: Path, image: Path) -> Times:
         control = undo.enter_context(Control.connect(guest.sockets.control))
         # Before the guest goes on: its dropbear waits at the other end of this connection.
         transport = undo.enter_context(ssh.connected(guest.sockets.shell))
-        qemu.load(guest.sockets, opened.state, memory_is_file=True)
+        qemu.load(guest.sockets, opened.state)
         qemu.resume(guest.sockets)
         running = time.perf_counter() - begun
         control.go(guest.go("hold", restored=True, image=image))

@@ -11,7 +11,7 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from nixbox.machine import saved
+from nixbox import sparse
 
 # Of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 _PRESENT, _SWAPPED, _FILE_OR_SHARED = 1 << 63, 1 << 62, 1 << 61
@@ -93,7 +93,7 @@ def of(pid: int, memory_mib: int) -> Share:
             own.update(enumerate(copied(entries), part.offset // page))
     fd = _open_backing(process, parts[0])
     try:
-        touched = [n for start, end in saved.extents(fd) for n in range(start // page, -(-end // page)) if n in own]
+        touched = [n for start, end in sparse.extents(fd) for n in range(start // page, -(-end // page)) if n in own]
     finally:
         os.close(fd)
     return Share(len(touched), sum(own[number] for number in touched))

@@ -11,10 +11,13 @@ import os
 import resource
 import stat
 import struct
-from dataclasses import dataclass
-from pathlib import Path
 
 from nixbox import linux
+from nixbox.values import value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 USER = 1000  # whoever started it is this user there: the one of the guest (nix/guest/stage2), and never root
 MOST_DESCRIPTORS = 1 << 20  # one for every file that a guest remembers, which its own memory bounds sooner
@@ -32,7 +35,7 @@ _MODES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True)
 class Inode:
     """A directory that is what it was when it was looked at, whatever its path means by now."""
 
@@ -46,17 +49,17 @@ class Inode:
         return cls(info.st_dev, info.st_ino)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True)
 class Share:
     """A directory of the host for a guest: where it is, what it is, and what in it is hidden.
 
     `masks` are paths below `source`, with what must be there, which are empty and closed for the guest.
     """
 
-    source: Path
+    source: Path | str
     inode: Inode
     readonly: bool
-    masks: tuple[tuple[Path, Inode], ...]
+    masks: tuple[tuple[Path | str, Inode], ...]
 
     def open(self) -> int:
         """A descriptor of the directory, which is still what it was when it was looked at."""
@@ -86,12 +89,13 @@ def bind_share(share: Share, fd: int, target: str) -> None:
     linux.restrict_mounts(target, linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV | closed)
 
 
-def mask(target: str, path: Path, inode: Inode) -> None:
-    """Hide the directory at `path` below `target`, which must be `inode`."""
+def mask(target: str, path: Path | str, inode: Inode) -> None:
+    """Hide the directory at `path` (relative) below `target`, which must be `inode`."""
     fd = os.open(target, os.O_PATH | os.O_DIRECTORY)
-    for part in path.parts[:-1]:
+    *parents, name = str(path).split("/")
+    for part in parents:
         fd = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-    fd = open_same(path.name, inode, fd)
+    fd = open_same(name, inode, fd)
     closed = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
     # Not merely empty: for whoever may not look inside, what is missing has not been deleted (git, for one).
     linux.mount("tmpfs", f"/proc/self/fd/{fd}", "tmpfs", closed, "mode=0000,size=4k,nr_inodes=2")
@@ -99,7 +103,7 @@ def mask(target: str, path: Path, inode: Inode) -> None:
 
 def bind_own_process(root: str) -> None:
     """Give a jail /proc/self and nothing else of /proc: who serves files opens them again through its descriptors."""
-    Path(f"{root}/proc/self").mkdir(parents=True)
+    os.makedirs(f"{root}/proc/self")
     linux.mount(f"/proc/{os.getpid()}", f"{root}/proc/self", None, linux.MS_BIND)
 
 

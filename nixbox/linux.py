@@ -8,10 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import signal
 import struct
-from pathlib import Path
 
 CLONE_NEWNS = 0x00020000  # sched.h
 CLONE_NEWIPC = 0x08000000
@@ -63,7 +61,8 @@ def own_user_namespace(further: int, ident: int | None = None) -> None:
     unshare(CLONE_NEWUSER | further)
     maps = (("uid_map", f"{inner[0]} {uid} 1"), ("gid_map", f"{inner[1]} {gid} 1"))
     for file, text in (("setgroups", "deny"), *maps):
-        Path(f"/proc/self/{file}").write_text(text)
+        with open(f"/proc/self/{file}", "w") as out:
+            out.write(text)
 
 
 def give_up() -> None:
@@ -112,7 +111,7 @@ def restrict_mounts(path: str, attributes: int) -> None:
 def pivot_root(directory: str) -> None:
     """Make a mounted directory the root and let go of everything else (pivot_root(2), "pivot_root(".", ".")")."""
     os.chdir(directory)
-    checked(_libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[platform.machine()]), b".", b"."))
+    checked(_libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[os.uname().machine]), b".", b"."))
     checked(_libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
 

@@ -76,6 +76,7 @@ def machine_spec(place: Path) -> VmSpec:
         console_log=place / "console.log",
         vcpus=1,
         memory_mib=256,
+        disk_mib=1024,
         accelerator="kvm",
         bound=True,
     )

@@ -201,9 +201,10 @@ def _dry_run(box: Sandbox, as_json: bool) -> None:
     choice = accelerator.choose(plan.machine.accelerator, plan.machine.backend)
     state = "running" if box.machine.alive() else "stopped" if box.machine.exists() else "new"
     if as_json:
+        state_now = {"state": state, "chosen_accelerator": choice.accelerator}
         print_json(
             {
-                "machine": asdict(plan.machine) | {"state": state, "chosen_accelerator": choice.accelerator},
+                "machine": asdict(plan.machine) | {"network": plan.machine.network.as_json()} | state_now,
                 "image": asdict(plan.image) | {"built": str(image.path) if image else None, "relock": why},
             }
         )

@@ -78,12 +78,12 @@ def net_log(
 
 def _print_refusal(refusal: Refusal, mode: str, *, as_json: bool) -> None:
     import json
-    from dataclasses import asdict
 
     from nixbox.report import harmless
+    from nixbox.values import as_dict
 
     if as_json:
-        print(json.dumps(asdict(refusal)), flush=True)
+        print(json.dumps(as_dict(refusal)), flush=True)
         return
     when = time.strftime("%H:%M:%S", time.localtime(refusal.time))
     place = refusal.address or ""

@@ -19,10 +19,12 @@ from nixbox.plan.model import Accelerator, Queue
 class Features:
     """What a backend can do; a request beyond it fails in planning.
 
-    `restore`: a running machine is saved and goes on elsewhere or later (templates, suspend, fork). `hot_plug`:
-    directories of the host come and go while a machine runs. `emulates`: it runs on hosts without KVM or HVF.
+    `templates`: new machines are restored from a saved guest. `restore`: any running machine is saved and goes on
+    elsewhere or later (suspend, fork). `hot_plug`: directories of the host come and go while a machine runs.
+    `emulates`: it runs on hosts without KVM or HVF.
     """
 
+    templates: bool
     restore: bool
     hot_plug: bool
     emulates: bool
@@ -47,8 +49,8 @@ class VmSpec:
 
     `memory_file` None: anonymous memory. `incoming`: it waits for the state of a saved VM instead of booting.
     `bound`: it ends when the process that started it does. `return_memory`: what the guest frees goes back to the
-    host, which makes holes in a memory file. `shares` are directories of the host by their tags, for a backend that
-    cannot plug them in later.
+    host, which makes holes in a memory file. For a backend that cannot plug directories in later, `slots` is how many
+    of them the machine has devices for, and `shares` what is behind the first of those.
     """
 
     name: str
@@ -59,12 +61,19 @@ class VmSpec:
     console_log: Path
     vcpus: int
     memory_mib: int
+    disk_mib: int
     accelerator: Accelerator
     memory_file: MemoryFile | None = None
     incoming: bool = False
     bound: bool = False
     return_memory: bool = False
-    shares: tuple[tuple[str, Share], ...] = ()
+    slots: int = 0
+    shares: tuple[Share, ...] = ()
+
+
+def slot_tag(number: int) -> str:
+    """The tag in the guest of a device that is there from the start (VmSpec.slots)."""
+    return f"nixbox-{number}"
 
 
 def listening(path: Path) -> socket.socket:
@@ -128,9 +137,13 @@ class Backend(Protocol):
     """Starts and stops virtual machines. The process it starts holds the machine's lock as long as it lives."""
 
     name: str
-    features: Features
     kernel: str  # its kernel in an image, and what is beside it: an initrd, or a directory that is one
     initrd: str
+
+    @property
+    def features(self) -> Features:
+        """What it can do on this host."""
+        ...
 
     def check_host(self) -> None:
         """Raise HostError when this host cannot run the backend: asked before anything is built."""
@@ -162,12 +175,15 @@ class Backend(Protocol):
         """Stop the guest's CPUs; what it has written is in its disk's file."""
         ...
 
-    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
-        """The state of a paused VM: of its devices, and of its memory unless that is in a shared file already."""
+    def save(self, sockets: Sockets, memory: MemoryFile) -> bytes:
+        """The state of a paused VM's devices; it is to be ended next. Its memory is in the file it was started with.
+
+        `memory` is that file, a shared one. Raises NixboxError.
+        """
         ...
 
-    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
-        """Give a VM that was started with `incoming` its state; it stays paused."""
+    def load(self, sockets: Sockets, state: bytes) -> None:
+        """Give a VM that was started with `incoming`, on its memory's file, its state; it stays paused."""
         ...
 
     def move(self, source: Sockets, target: Sockets) -> None:

@@ -25,9 +25,10 @@ from typing import Any
 from nixbox import linux, run
 from nixbox.errors import HostError, NixboxError, TimeoutExpired
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools, listening
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, listening
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
-from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, Queue
+from nixbox.plan.model import Queue
+from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT
 
 PROGRAM = "cloud-hypervisor"
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
@@ -114,7 +115,7 @@ class CloudHypervisor:
     """
 
     name = "cloud-hypervisor"
-    features = Features(restore=False, hot_plug=True, emulates=False)
+    features = Features(templates=False, restore=False, hot_plug=True, emulates=False)
     kernel, initrd = "vmlinux", "initrd"
 
     def check_host(self) -> None:
@@ -190,10 +191,10 @@ class CloudHypervisor:
         """`vm.pause`: the disks' queues stand still too, and what was written is in the host's page cache."""
         Api(sockets.monitor).put("vm.pause")
 
-    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
+    def save(self, sockets: Sockets, memory: MemoryFile) -> bytes:
         """`vm.snapshot` as an archive of its files: memory that is in a shared file with a name is not among them.
 
-        cloud-hypervisor decides that by itself (MemoryManager::memory_range_table): `memory_is_file` needs no word.
+        cloud-hypervisor decides that by itself (MemoryManager::memory_range_table).
         """
         with tempfile.TemporaryDirectory(prefix="save", dir=sockets.monitor.parent) as directory:
             api = Api(sockets.monitor)
@@ -204,7 +205,7 @@ class CloudHypervisor:
                     archive.add(file, arcname=file.name)
         return packed.getvalue()
 
-    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
+    def load(self, sockets: Sockets, state: bytes) -> None:
         """`vm.restore`, by the launcher: it has the network card, and the paths that replace the saved ones.
 
         The VM's process needs the directory only until it has answered: memory is copied out of it.

@@ -1,29 +1,33 @@
 """The libkrun backend: a child process that becomes the machine. The fastest boot where KVM works.
 
-It cannot save a running machine and has no hot-plug: directories of the host are there from the start. Its network
-card is the same TAP device, behind the same filter, as QEMU's; there is no vsock device, which libkrun would use to
-reach the host's network past that filter (docs/decisions/025-libkrun.md).
+Its templates are the library's own snapshots, where a build has them. It has no hot-plug: directories of the host are
+there from the start, behind devices that a template has as well. Its network card is the same TAP device, behind the
+same filter, as QEMU's; there is no vsock device, which libkrun would use to reach the host's network past that filter
+(docs/decisions/025-libkrun.md, 029-krun-templates.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import marshal
 import os
 import platform
 import select
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import libkrun
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools
-from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU, Queue
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, slot_tag
+from nixbox.plan.model import Queue
+from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU
 
 KERNEL_ARGS = (
     "console=hvc0",
@@ -36,15 +40,21 @@ KERNEL_ARGS = (
     "init=/init",
     "cryptomgr.notests",
     "random.trust_cpu=on",
-    # For nix/guest: disks have no serial numbers here, the card no MTU, and sessions come over the network.
+    # A page that the host brought in for a guest which was saved since is waited for ever, by a CPU that never halts.
+    "no-kvmapf",
+    # For nix/guest: disks have no serial numbers here, the card no MTU, sessions come over the network, and no device
+    # tells that a saved guest goes on somewhere else.
     "nixbox.disks=vda,vdb",
     f"nixbox.mtu={NETWORK_MTU}",
     "nixbox.shell=net",
     "nixbox.off=reboot",
+    "nixbox.random=host",
 )
 _TAP = "tap0"
 _START_LIMIT_S = 30.0
 _ASK_TIMEOUT_S = 2.0
+_SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
+_STATE_MIB = 16
 _TUNSETPERSIST, _TUNSETOWNER = 0x400454CB, 0x400454CC  # linux/if_tun.h
 _ELSEWHERE = "`--backend qemu` does without"
 _ENTITLEMENT = "com.apple.security.hypervisor"
@@ -54,11 +64,24 @@ class Krun:
     """Backend `krun`: libkrun through cffi. `library` is the path that the user's settings name, if any."""
 
     name = "krun"
-    features = Features(restore=False, hot_plug=False, emulates=False)
     kernel, initrd = "krun/vmlinux", "krun/boot"
 
     def __init__(self, library: str | None = None) -> None:
         self._configured = library
+
+    @cached_property
+    def _library(self) -> Path:
+        """The library's file, looked for once. Raises HostError."""
+        return libkrun.find(self._configured)
+
+    @cached_property
+    def features(self) -> Features:
+        """It has templates where the library has snapshots."""
+        try:
+            templates = libkrun.has_snapshots(self._library)
+        except (HostError, OSError, ValueError):  # `check_host`, and the start, have the words
+            templates = False
+        return Features(templates=templates, restore=False, hot_plug=False, emulates=False)
 
     def check_host(self) -> None:
         """The library, and what goes with a machine. Raises HostError."""
@@ -73,13 +96,12 @@ class Krun:
 
     def version(self) -> str:
         """The library's file: it does not tell its version."""
-        path = libkrun.find(self._configured)
-        info = path.stat()
-        return f"libkrun {path} ({info.st_size} bytes, {info.st_mtime_ns})"
+        info = self._library.stat()
+        return f"libkrun {self._library} ({info.st_size} bytes, {info.st_mtime_ns})"
 
     def shape(self, spec: VmSpec) -> list[str]:
-        """Nothing is ever saved, so nothing depends on it."""
-        return [str(spec.vcpus), str(spec.memory_mib), *KERNEL_ARGS]
+        """What the guest's devices are: their number, and the size of its disk, which the guest asks only once."""
+        return [f"disk={spec.disk_mib}", f"directories={spec.slots}", *KERNEL_ARGS]
 
     def start(
         self,
@@ -91,7 +113,7 @@ class Krun:
     ) -> int:
         """Start the child and wait until libkrun has taken its orders. Raises ConfigError, HostError, NixboxError."""
         check(spec)
-        library = libkrun.find(self._configured)
+        library = self._library
         room = sockets.control.parent / "jail"
         room.mkdir(mode=0o700, exist_ok=True)
         with sockets.listening() as served:
@@ -107,33 +129,43 @@ class Krun:
             }
             _let_go(network.tap)
             argv = run.own_program("nixbox.machine.krun_child", f"nixbox-krun-{spec.name}")
-            inherited = (*listeners, *pass_fds)
-            process = run.spawn(argv, log=log, pass_fds=inherited, inside=network.join, talk=True)
-            _await(process, settings, spec)
+            with _memory(spec) as memory:
+                settings["memory"] = memory
+                # What the memory's file came as can be written to: the process gets its own, which cannot.
+                given = [fd for fd in pass_fds if memory is None or not os.path.sameopenfile(fd, memory)]
+                inherited = (*listeners, *given, *(() if memory is None else (memory,)))
+                process = run.spawn(argv, log=log, pass_fds=inherited, inside=network.join, talk=True)
+                _await(process, settings, spec)
         return process.pid
 
     def status(self, sockets: Sockets) -> str:
         """`running`: its process answers. A disk that is full is the guest's to notice."""
-        return _ask(sockets, "status")
+        return _ask(sockets, b"status\n").decode(errors="replace").strip()
 
     def quit(self, sockets: Sockets) -> None:
         """End the process."""
-        _ask(sockets, "quit")
+        _ask(sockets, b"quit\n")
 
     def pause(self, sockets: Sockets) -> None:
-        """Not possible."""
-        raise self._cannot("be paused")
+        """Only one that was started to be saved can be."""
+        _ordered(sockets, b"pause\n", timeout_s=_SAVE_TIMEOUT_S)
 
     def resume(self, sockets: Sockets) -> None:
-        """Nothing pauses it."""
+        """Let a machine that was given its state begin; nothing pauses it later."""
+        _ordered(sockets, b"resume\n")
 
-    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
-        """Not possible."""
-        raise self._cannot("be saved")
+    def save(self, sockets: Sockets, memory: MemoryFile) -> bytes:
+        """The library's snapshot: two files of its own, in an archive, and the memory, in a new file at `memory`.
 
-    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
-        """Not possible."""
-        raise self._cannot("go on from a saved state")
+        The old one, if this machine was itself restored, is what its memory began with: it must stay as it is.
+        """
+        memory.path.unlink(missing_ok=True)
+        with memory.path.open("xb") as file:
+            return _ordered(sockets, b"save\n", fd=file.fileno(), timeout_s=_SAVE_TIMEOUT_S)
+
+    def load(self, sockets: Sockets, state: bytes) -> None:
+        """Hand the library's files over."""
+        _ordered(sockets, b"load %d\n%s" % (len(state), state))
 
     def move(self, source: Sockets, target: Sockets) -> None:
         """Not possible."""
@@ -188,7 +220,12 @@ def check(spec: VmSpec) -> None:
 
 
 def _settings(spec: VmSpec) -> dict[str, Any]:
+    saves = spec.memory_file is not None and spec.memory_file.shared
     return {
+        "incoming": spec.incoming,
+        "saves": saves,
+        # Room for a saved machine: some small files, and a guest's memory if it is this one that is to be saved.
+        "state_mib": _STATE_MIB + (spec.memory_mib if saves else 0) if saves or spec.incoming else 0,
         "kernel": str(spec.kernel),
         "boot": str(spec.initrd),
         "cmdline": " ".join(KERNEL_ARGS),
@@ -201,17 +238,27 @@ def _settings(spec: VmSpec) -> dict[str, Any]:
         "console_log": str(spec.console_log),
         "tap": _TAP,
         "address": (GUEST_ADDRESS, GUEST_SHELL_PORT),
+        "slots": [slot_tag(number) for number in range(spec.slots)],
         "shares": [
             {
-                "tag": tag,
                 "source": str(share.source),
                 "inode": [share.inode.device, share.inode.number],
                 "readonly": share.readonly,
                 "masks": [[str(path), [inode.device, inode.number]] for path, inode in share.masks],
             }
-            for tag, share in spec.shares
+            for share in spec.shares
         ],
     }
+
+
+@contextmanager
+def _memory(spec: VmSpec) -> Iterator[int | None]:
+    """The file that a restored machine's memory begins with, to be read only."""
+    if not spec.incoming or spec.memory_file is None:
+        yield None
+        return
+    with spec.memory_file.path.open("rb") as file:
+        yield file.fileno()
 
 
 def _let_go(tap: int) -> None:
@@ -227,18 +274,18 @@ def _await(process: run.Process, settings: dict[str, Any], spec: VmSpec) -> None
     assert process.stdin is not None and process.stdout is not None
     with process.stdout as said:
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(settings).encode())
+            process.stdin.write(marshal.dumps(settings))
             process.stdin.close()
-        answer = said.readline() if select.select([said], [], [], _START_LIMIT_S)[0] else b""
+        answer = said.read() if select.select([said], [], [], _START_LIMIT_S)[0] else b""  # its end of it is closed
     if not answer:
         process.kill()
         process.wait()
         hint = f"`nixbox logs` has its last words; without any, {settings['library']} may be damaged"
         raise NixboxError("libkrun's process ended or did not answer", hint=hint)
-    words = json.loads(answer)
-    if words["what"] is not None:
+    what, code, detail = answer.decode(errors="replace").split("\0", 2)
+    if what:
         process.wait()
-        raise explained(words["what"], words["code"], words["detail"], settings["library"], spec)
+        raise explained(what, int(code), detail, settings["library"], spec)
 
 
 def explained(what: str, code: int, detail: str, library: str, spec: VmSpec) -> NixboxError:
@@ -262,17 +309,35 @@ def explained(what: str, code: int, detail: str, library: str, spec: VmSpec) -> 
     return NixboxError(f"libkrun refuses {what}: {why}", hint=f"its own words: `nixbox logs`; {_ELSEWHERE}")
 
 
-def _ask(sockets: Sockets, word: str) -> str:
+def _ask(sockets: Sockets, words: bytes, *, fd: int | None = None, timeout_s: float = _ASK_TIMEOUT_S) -> bytes:
+    """Say something to the machine's process; returns all that it answers. Raises NixboxError."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_ASK_TIMEOUT_S)
+            sock.settimeout(timeout_s)
             sock.connect(str(sockets.monitor))
-            sock.sendall(word.encode() + b"\n")
-            return sock.recv(64).decode(errors="replace").strip()
+            sent = socket.send_fds(sock, [words], [] if fd is None else [fd])
+            sock.sendall(words[sent:])
+            sock.shutdown(socket.SHUT_WR)
+            answer = b""
+            while data := sock.recv(1 << 16):
+                answer += data
+            return answer
     except ConnectionResetError:  # it ended at the word
-        return ""
+        return b""
     except OSError as error:
         raise NixboxError(f"the machine's process does not answer: {error}") from None
+
+
+def _ordered(sockets: Sockets, words: bytes, *, fd: int | None = None, timeout_s: float = _ASK_TIMEOUT_S) -> bytes:
+    """`_ask` for something that can fail; returns what comes with its success. Raises NixboxError."""
+    answer = _ask(sockets, words, fd=fd, timeout_s=timeout_s)
+    word, _, rest = answer.partition(b"\n")
+    if word == b"ok":
+        return rest
+    if not answer:
+        raise NixboxError("the machine's process has ended", hint="`nixbox logs` has its last words")
+    what, why = words.split(maxsplit=1)[0].decode(), answer.decode(errors="replace").strip()
+    raise NixboxError(f"libkrun cannot {what} the machine: {why}", hint=_ELSEWHERE)
 
 
 def _check_entitlement() -> None:  # macOS; not run on the machines that this was written on

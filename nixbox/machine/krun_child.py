@@ -1,26 +1,27 @@
 """The process that becomes a libkrun machine: it jails itself, gives the library its orders and never returns.
 
 Started without the site's packages and with few imports: a machine's boot waits for it. Its settings come on
-standard input (krun.Krun.start), its answer is a line of JSON on standard output, and what libkrun itself says goes
-to standard error, the machine's vm.log. From the jail on it sees the machine's own files, two devices and itself.
+standard input (krun.Krun.start), its answer goes to standard output, and what libkrun itself says goes to standard
+error, the machine's vm.log. From the jail on it sees the machine's own files, two devices and itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
-import platform
 import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any, NoReturn
 
 from nixbox import jails, linux
-from nixbox.machine import relay
+from nixbox.machine import krun_snapshots, relay
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _ELF = 1  # KRUN_KERNEL_FORMAT_ELF
 _RAW = 0  # KRUN_DISK_FORMAT_RAW
@@ -30,6 +31,9 @@ _NET_FEATURES = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 11
 _MAC = bytes.fromhex("525400123456")
 _DEVICES = ("/dev/kvm", "/dev/net/tun")
 _PANICKED = b"panicked at"
+_MEMORY = "/memory"
+_CHUNK = 1 << 16
+_ORDER_TIMEOUT_S = 5.0  # for its words, which come at once
 _BOOTING_S = 60.0  # that long the log is looked at often: a device that cannot be set up panics then
 _EXIT_CODE = 125
 # libkrun writes the number, rounded up to a power of two, into a byte of CPUID: more is "VcpuCountOverflow".
@@ -92,21 +96,29 @@ def enter_jail(settings: dict[str, Any]) -> None:
         linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755,size=64k")
         for name, path in files.items():
             step = path
-            Path(root + name).parent.mkdir(parents=True, exist_ok=True)
-            Path(root + name).touch()
+            os.makedirs(os.path.dirname(root + name), exist_ok=True)
+            os.close(os.open(root + name, os.O_WRONLY | os.O_CREAT))
             linux.mount(path, root + name, None, linux.MS_BIND)
         step = settings["boot"]
-        Path(root + "/boot").mkdir()
+        os.mkdir(root + "/boot")
         jails.bind_closed(os.open(settings["boot"], os.O_PATH | os.O_DIRECTORY), root + "/boot")
+        for number, _ in enumerate(settings["slots"]):
+            os.mkdir(f"{root}/share{number}")
         for number, words in enumerate(settings["shares"]):
             share = _share(words)
             step = str(share.source)
             target = f"{root}/share{number}"
-            Path(target).mkdir()
             jails.bind_share(share, share.open(), target)
             for path, inode in share.masks:
                 jails.mask(target, path, inode)
+        if settings["memory"] is not None:
+            step = "the template"
+            _bind_memory(settings["memory"], root + _MEMORY)
         step = "the jail"
+        if settings["state_mib"]:
+            os.mkdir(root + krun_snapshots.ROOM)
+            size = f"mode=0700,size={settings['state_mib']}m"
+            linux.mount("tmpfs", root + krun_snapshots.ROOM, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
         jails.bind_own_process(root)
         jails.close(root)
         for fd in _descriptors() - before:  # of directories as the host has them: ways out, past every mask
@@ -117,24 +129,38 @@ def enter_jail(settings: dict[str, Any]) -> None:
         # undo the masks. These two are worth nothing where there is one user, but without them some builds' file
         # system (my_uid) shows that user's files as root's.
         linux.keep_only(linux.CAP_SETGID, linux.CAP_SETUID)
-        linux.seccomp(jails.no_setuid(platform.machine()))
+        linux.seccomp(jails.no_setuid(os.uname().machine))
     except OSError as error:
         raise Refused("jail", error.errno or 0, f"{step}: {error.strerror}") from None
+
+
+def _bind_memory(fd: int, target: str) -> None:
+    """Bind a template's memory, read-only: a descriptor alone could be opened again for writing (/proc/self/fd).
+
+    A file without a name is nobody else's: a machine's own copy, or that of a template which has just been removed.
+    """
+    try:
+        named = os.open(os.readlink(f"/proc/self/fd/{fd}"), os.O_PATH | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    if os.path.samestat(os.fstat(named), os.fstat(fd)):
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT))
+        jails.bind_closed(named, target)
 
 
 def _descriptors() -> set[int]:
     """All that is open."""
     found = set()
-    for path in list(Path("/proc/self/fd").iterdir()):
+    for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # that which listed them is closed by now
-            os.fstat(int(path.name))
-            found.add(int(path.name))
+            os.fstat(int(name))
+            found.add(int(name))
     return found
 
 
 def _share(words: dict[str, Any]) -> jails.Share:
-    masks = tuple((Path(path), jails.Inode(*inode)) for path, inode in words["masks"])
-    return jails.Share(Path(words["source"]), jails.Inode(*words["inode"]), words["readonly"], masks)
+    masks = tuple((path, jails.Inode(*inode)) for path, inode in words["masks"])
+    return jails.Share(words["source"], jails.Inode(*words["inode"]), words["readonly"], masks)
 
 
 def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) -> int:
@@ -162,9 +188,10 @@ def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) 
     for number, disk in enumerate(settings["disks"]):
         path = f"/disk{number}".encode()
         lib.call("krun_add_disk2", context, disk["id"].encode(), path, _RAW, disk["readonly"])
-    for number, share in enumerate(settings["shares"]):
-        path = f"/share{number}".encode()
-        lib.call("krun_add_virtiofs3", context, share["tag"].encode(), path, 0, share["readonly"])
+    closed = [share["readonly"] for share in settings["shares"]]
+    for number, tag in enumerate(settings["slots"]):
+        readonly = closed[number] if number < len(closed) else True  # nothing is behind a template's
+        lib.call("krun_add_virtiofs3", context, tag.encode(), f"/share{number}".encode(), 0, readonly)
     tap = ffi.new("char[]", settings["tap"].encode())
     lib.call("krun_add_net_tap", context, tap, ffi.new("uint8_t[6]", _MAC), _NET_FEATURES, 0)
     ports = lib.call("krun_add_virtio_console_multiport", context)
@@ -196,25 +223,63 @@ def _watch_log(log: int) -> None:
             os._exit(_EXIT_CODE)
 
 
-def _serve_monitor(listener: socket.socket) -> None:
-    """`status` and `quit`, a word a connection (krun.Krun)."""
-    while True:
-        asker, _ = listener.accept()
-        with asker, contextlib.suppress(OSError):
-            asker.settimeout(1.0)
-            word = asker.recv(64).strip()
-            if word == b"quit":
-                os._exit(0)  # what the guest has written is in the files already
-            asker.sendall(b"running\n" if word == b"status" else b"?\n")
+class Monitor:
+    """What the machine's process is asked, an order a connection (krun.Krun): `status`, `quit`, `save` and so on."""
+
+    def __init__(self, library: Library, context: int, *, incoming: bool) -> None:
+        self.library, self.context = library, context
+        self.goes_on = threading.Event()
+        if not incoming:
+            self.goes_on.set()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Answer for ever."""
+        while True:
+            asker, _ = listener.accept()
+            with asker, contextlib.suppress(OSError):
+                asker.settimeout(_ORDER_TIMEOUT_S)
+                words, fds, _, _ = socket.recv_fds(asker, _CHUNK, 1)
+                while data := asker.recv(_CHUNK):
+                    words += data
+                asker.sendall(self._answer(words, fds))
+                for fd in fds:
+                    os.close(fd)
+
+    def _answer(self, words: bytes, fds: list[int]) -> bytes:
+        order, _, rest = words.partition(b"\n")
+        try:
+            match order.split():
+                case [b"quit"]:
+                    os._exit(0)  # what the guest has written is in the files already
+                case [b"status"]:
+                    return b"running\n" if self.goes_on.is_set() else b"inmigrate\n"
+                case [b"load", _]:
+                    krun_snapshots.load(self.library, self.context, rest)
+                    return b"ok\n"
+                case [b"resume"]:
+                    self.goes_on.set()
+                    return b"ok\n"
+                case [b"pause"]:
+                    krun_snapshots.pause()
+                    return b"ok\n"
+                case [b"save"] if len(fds) == 1:
+                    return b"ok\n" + krun_snapshots.save(fds[0])
+        except Refused as refused:
+            return f"{refused.what}: {refused.detail or os.strerror(refused.code)}\n".encode()
+        except (krun_snapshots.Refuses, OSError, ValueError) as error:
+            return f"{error}\n".encode()
+        return b"?\n"
 
 
-def _begin_threads(settings: dict[str, Any], guest: socket.socket, terminal: int, console: int, log: int) -> None:
+def _begin_threads(
+    settings: dict[str, Any], ours: Monitor, guest: socket.socket, terminal: int, console: int, log: int
+) -> None:
     control, monitor, shell = (socket.socket(fileno=fd) for fd in settings["sockets"])
     address, port = settings["address"]
     for target, arguments in (
         (relay.serve_control, (control, guest)),
         (relay.serve_shell, (shell, (address, port))),
-        (_serve_monitor, (monitor,)),
+        (ours.serve, (monitor,)),
         (_keep_console, (terminal, console)),
         (_watch_log, (log,)),
     ):
@@ -224,14 +289,15 @@ def _begin_threads(settings: dict[str, Any], guest: socket.socket, terminal: int
 # --- the process ---
 
 
-def _answer(**words: Any) -> None:
+def _answer(what: str = "", code: int = 0, detail: str = "") -> None:
+    """What libkrun refused, if it did."""
     with contextlib.suppress(OSError):
-        os.write(1, json.dumps(words).encode() + b"\n")
+        os.write(1, "\0".join((what, str(code), detail)).encode())
 
 
 def _give_up(refused: Refused) -> NoReturn:
     if refused.what != "krun_start_enter":
-        _answer(what=refused.what, code=refused.code, detail=refused.detail)
+        _answer(refused.what, refused.code, refused.detail)
     why = os.strerror(refused.code) if refused.code else ""
     words = " ".join(word for word in (why, refused.detail) if word)
     print(f"nixbox: libkrun refuses {refused.what}: {words or 'it does not say why'}", file=sys.stderr, flush=True)
@@ -240,7 +306,7 @@ def _give_up(refused: Refused) -> NoReturn:
 
 def main() -> None:
     """`krun_child`: settings on standard input; becomes the VM."""
-    settings = json.load(sys.stdin)
+    settings = marshal.load(sys.stdin.buffer)  # noqa: S302 (of krun.Krun, which started it)
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler never runs while the VM does
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -258,9 +324,16 @@ def main() -> None:
             linux.end_with_parent(settings["parent"])
         ours, guest = socket.socketpair()
         context = configure(library, settings, console, guest.fileno())
-        _begin_threads(settings, ours, terminal, console_log, log)
-        _answer(what=None)
+        memory = settings["memory"]
+        if memory is not None and os.path.exists(_MEMORY):
+            os.close(memory)
+            memory = os.open(_MEMORY, os.O_RDONLY)
+        krun_snapshots.prepare(library, context, saves=settings["saves"], memory=memory)
+        served = Monitor(library, context, incoming=settings["incoming"])
+        _begin_threads(settings, served, ours, terminal, console_log, log)
+        _answer()
         os.dup2(2, 1)  # from here on every word is for the log
+        served.goes_on.wait()
         library.call("krun_start_enter", context)
     except Refused as refused:
         _give_up(refused)

@@ -1,13 +1,15 @@
 """libkrun, the library: where it is, what of it is used, and that in the form in which cffi loads it at once.
 
-The declarations are those of libkrun's own include/libkrun.h (versions 1.15 to 2.0). Builds differ in what they have:
-each function is looked up when it is needed, and one that is missing is named.
+The declarations are those of libkrun's own include/libkrun.h (versions 1.15 to 2.0), and for the last three those of
+smolmachines 1.32, whose launcher uses them so (src/agent/launcher.rs there). Builds differ in what they have: each
+function is looked up when it is needed, and one that is missing is named.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import mmap
 import os
 import sys
 import tempfile
@@ -41,6 +43,10 @@ int32_t krun_add_console_port_tty(uint32_t ctx_id, uint32_t console_id, const ch
 int32_t krun_add_console_port_inout(uint32_t ctx_id, uint32_t console_id, const char *name, int input_fd,
                                     int output_fd);
 int32_t krun_start_enter(uint32_t ctx_id);
+
+int32_t krun_set_control_socket(uint32_t ctx_id, const char *path);
+int32_t krun_set_snapshot(uint32_t ctx_id, const char *directory);
+int32_t krun_set_snapshot_memory_fd2(uint32_t ctx_id, int fd, uint32_t immutable);
 """
 # What cannot be done without, of a build that is not too old or too small.
 NEEDED = (
@@ -48,6 +54,8 @@ NEEDED = (
     *("krun_add_disk2", "krun_add_virtiofs3", "krun_add_net_tap", "krun_add_virtio_console_multiport"),
     *("krun_add_console_port_tty", "krun_add_console_port_inout", "krun_start_enter"),
 )
+# With these a guest is saved and goes on in another process.
+SNAPSHOTS = ("krun_set_control_socket", "krun_set_snapshot", "krun_set_snapshot_memory_fd2")
 _LIBRARIES = ("/usr/local/lib64", "/usr/local/lib", "/usr/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib")
 _MAC_LIBRARIES = ("/opt/homebrew/lib", "/usr/local/lib")
 _HINT = (
@@ -98,15 +106,20 @@ def _packaged() -> Iterator[Path]:
         yield Path(directory, "libkrun.dylib" if sys.platform == "darwin" else "libkrun.so")
 
 
+def has_snapshots(library: Path) -> bool:
+    """Whether a library has SNAPSHOTS: looked up in its file, as loading it would take longer. Raises OSError."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return all(data.find(b"\0" + name.encode() + b"\0") >= 0 for name in SNAPSHOTS)
+
+
 def compiled() -> Path:
     """A directory with the module MODULE: the declarations as cffi's out-of-line ABI mode has them.
 
-    To read them as C takes 35 ms, and the module 1 ms, so it is made once for each version of cffi. Raises OSError
+    To read them as C takes 35 ms, and the module 1 ms, so it is made once for each build of cffi. Raises OSError
     when the cache cannot be written.
     """
-    import _cffi_backend
-
-    ident = hashlib.sha256(f"{_cffi_backend.__version__}\n{DECLARATIONS}".encode()).hexdigest()[:16]
+    info = _cffi().stat()
+    ident = hashlib.sha256(f"{info.st_size} {info.st_mtime_ns}\n{DECLARATIONS}".encode()).hexdigest()[:16]
     directory = paths.cache_dir() / f"krun-{ident}"
     module = directory / f"{MODULE}.py"
     if not module.is_file():
@@ -127,6 +140,11 @@ def compiled() -> Path:
 
 def cffi_directory() -> str:
     """Where cffi's own compiled module lies, for a Python that was started without its site's packages."""
-    import _cffi_backend
+    return str(_cffi().parent)
 
-    return str(Path(_cffi_backend.__file__).parent)
+
+def _cffi() -> Path:
+    """The file of cffi's compiled module, which takes longer to load than to find."""
+    spec = importlib.util.find_spec("_cffi_backend")
+    assert spec is not None and spec.origin is not None  # a dependency of ours
+    return Path(spec.origin)

@@ -12,7 +12,7 @@ from pathlib import Path
 from nixbox import linux, paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, Network, Sockets, VmSpec, check_tools
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools
 from nixbox.machine.qmp import Qmp, QmpClosed, QmpCommandError, QmpTimeout
 from nixbox.plan.model import Queue
 
@@ -27,7 +27,7 @@ class Qemu:
     """Backend `qemu`: runs anywhere QEMU does, with KVM, Apple's hypervisor or software emulation."""
 
     name = "qemu"
-    features = Features(restore=True, hot_plug=True, emulates=True)
+    features = Features(templates=True, restore=True, hot_plug=True, emulates=True)
     kernel, initrd = "vmlinux", "initrd"
 
     def check_host(self) -> None:
@@ -88,19 +88,19 @@ class Qemu:
         with self._monitor(sockets) as qmp:
             qmp.execute("stop")
 
-    def save(self, sockets: Sockets, *, memory_is_file: bool) -> bytes:
-        """`migrate` into a pipe. With the memory in a shared file (x-ignore-shared) some 200 kB, else all of it."""
+    def save(self, sockets: Sockets, memory: MemoryFile) -> bytes:
+        """`migrate` into a pipe: some 200 kB, since the memory is in its file already (x-ignore-shared)."""
         with self._monitor(sockets) as qmp:
-            reading = _through_pipe(qmp, "migrate", memory_is_file=memory_is_file)
+            reading = _through_pipe(qmp, "migrate")
             with os.fdopen(reading, "rb") as pipe:
                 state = pipe.read()  # QEMU closes its end when it is done, or has failed, or is gone
             _finished(qmp)
         return state
 
-    def load(self, sockets: Sockets, state: bytes, *, memory_is_file: bool) -> None:
+    def load(self, sockets: Sockets, state: bytes) -> None:
         """`migrate-incoming` from a pipe."""
         with self._monitor(sockets) as qmp:
-            writing = _through_pipe(qmp, "migrate-incoming", memory_is_file=memory_is_file)
+            writing = _through_pipe(qmp, "migrate-incoming")
             with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb") as pipe:
                 pipe.write(state)
             _finished(qmp)
@@ -194,12 +194,12 @@ def _migrate(qmp: Qmp, command: str, fd: int, *, memory_is_file: bool) -> None:
     qmp.execute(command, {"uri": "fd:state"})
 
 
-def _through_pipe(qmp: Qmp, command: str, *, memory_is_file: bool) -> int:
+def _through_pipe(qmp: Qmp, command: str) -> int:
     """Begin a migration over a pipe; returns our end of it."""
     reading, writing = os.pipe()
     ours, theirs = (reading, writing) if command == "migrate" else (writing, reading)
     try:
-        _migrate(qmp, command, theirs, memory_is_file=memory_is_file)
+        _migrate(qmp, command, theirs, memory_is_file=True)
     except BaseException:
         os.close(ours)
         raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nixbox.machine.backend import VmSpec
-from nixbox.plan.model import NETWORK_MTU
+from nixbox.plan.network import NETWORK_MTU
 
 MOUNTS_BUS = "mounts"
 KERNEL_ARGS = (

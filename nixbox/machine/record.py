@@ -22,7 +22,8 @@ from typing import Any
 from nixbox import locks, paths
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
-from nixbox.plan.model import Policy, Shared
+from nixbox.plan.model import Shared
+from nixbox.plan.network import Policy
 
 FORMAT = 1
 GUARD_LOCK = "guard"  # in the runtime directory

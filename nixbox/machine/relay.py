@@ -15,7 +15,7 @@ WITH_PAYLOAD = (b"go", b"env", b"mount", b"unmount")
 _CHUNK = 1 << 16
 _LONGEST = 16 << 20  # of one message
 # Until the guest's server listens: a refused connection costs a fraction of this, one that nobody answers all of it.
-_CONNECT_TIMEOUT_S = 0.25
+_CONNECT_TIMEOUT_S = 1.0
 _CONNECT_AGAIN_S = 0.005
 _CONNECT_LIMIT_S = 60.0
 
@@ -100,6 +100,10 @@ def serve_shell(listener: socket.socket, address: tuple[str, int]) -> None:
 def _shell(host: socket.socket, address: tuple[str, int]) -> None:
     with host:
         try:
+            # A connection may be made before the guest goes on, to be there when it does. Not before a word has come:
+            # what was begun and given up meanwhile would fill the server's queue when it wakes up.
+            if not host.recv(1, socket.MSG_PEEK):
+                return
             guest = _connected(address)
         except OSError:
             return

@@ -9,36 +9,20 @@ the same: what is saved here can be made again.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BufferedWriter
 from pathlib import Path
 
 from nixbox import paths
 from nixbox.errors import NixboxError
+from nixbox.sparse import copy_data, extents
 
 SEAL = "files.json"
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 4 << 20  # hashed in a few milliseconds: a device state, a manifest
-_FICLONE = 0x40049409  # ioctl_ficlone(2)
-
-
-def extents(fd: int) -> Iterator[tuple[int, int]]:
-    """Start and end of everything that is not a hole (lseek(2), SEEK_DATA)."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 def _digest(path: Path) -> str:
@@ -149,21 +133,3 @@ def compact(source: int, target: int) -> None:
             part = data[at : at + len(page)]
             if part != page[: len(part)]:
                 os.pwrite(target, part, start + at)
-
-
-def copy_data(source: int, target: int) -> None:
-    """Make the empty file `target` (a descriptor) a copy of `source`. Raises OSError."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-        return
-    except OSError:  # another file system, or one that cannot
-        pass
-    os.ftruncate(target, os.fstat(source).st_size)
-    for start, end in extents(source):
-        os.lseek(target, start, os.SEEK_SET)
-        at = start
-        while at < end:
-            copied = os.sendfile(target, source, at, end - at)
-            if copied == 0:  # it became shorter meanwhile
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            at += copied

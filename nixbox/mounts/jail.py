@@ -8,7 +8,6 @@ way to make a set-user-ID program; and where the share is read-only, the kernel 
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ class Jail:
             jails.close(root)
             jails.raise_limit()
             linux.give_up()
-            linux.seccomp(jails.no_setuid(platform.machine()))
+            linux.seccomp(jails.no_setuid(os.uname().machine))
         except OSError as error:
             os.write(2, f"nixbox: {step}: {error.strerror}\n".encode(errors="replace"))
             os._exit(_EXIT_CODE)

@@ -118,6 +118,7 @@ class StandIn:
 
     def _run(self) -> None:
         with contextlib.suppress(Broken, OSError):
+            self._interrupt()  # virtiofsd may have ended between an answer and its interrupt
             while not self._stop.wait(_POLL_S):
                 self.answer()
 
@@ -125,9 +126,12 @@ class StandIn:
         """Answer all that waits; returns how much that was. Raises Broken."""
         count = sum(self._answer(queue) for queue in self.device.queues)
         if count:
-            for fd in self.device.events:  # the one that interrupts the guest is among them; the others mind nothing
-                os.eventfd_write(fd, 1)
+            self._interrupt()
         return count
+
+    def _interrupt(self) -> None:
+        for fd in self.device.events:  # the one that interrupts the guest is among them; the others mind nothing
+            os.eventfd_write(fd, 1)
 
     def _answer(self, queue: Queue) -> int:
         # virtiofsd takes requests in order, so what was used so far says which are open.

@@ -8,26 +8,25 @@ the site's packages and imports little, since a machine's first command waits fo
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
 import selectors
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nixbox import linux
 from nixbox.network import dns, inside, policy, refusals, upstream
-from nixbox.plan.model import Policy
+from nixbox.plan.network import Policy
+from nixbox.values import changed
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.mounts.standin import StandIn
 
 _LONGEST_S = 300  # of any time in an answer, so that what was admitted is asked for again and does not pile up
@@ -47,11 +46,11 @@ class Guard:
         self.policy = Policy.from_json(settings["policy"])
         self.pasta: list[str] = settings["pasta"]
         self.library: str = settings["nftables"]
-        self.runtime = Path(settings["runtime"])
-        self.log = refusals.Log(Path(settings["log"]))
+        self.runtime: str = settings["runtime"]
+        self.log = refusals.Log(settings["log"])
         self.servers = upstream.Servers()
         self.user, self.net, self.alive = user, net, alive
-        self.outside: subprocess.Popen[bytes] | None = None
+        self.outside: int | None = None  # pasta's process id
         self.attached_error: str | None = None
         self._attach_at = 0.0
         self._attach_until = 0.0
@@ -83,43 +82,31 @@ class Guard:
         theirs.close()
         self.channel = ours
         data, fds, _, _ = socket.recv_fds(ours, inside.REQUEST_BYTES, 3)
-        said = json.loads(data or b'{"error": "the helper ended"}')
-        if "error" in said:
-            raise OSError(0, said["error"])
+        _understood(data)
         self.udp, self.tcp, self.packets = (socket.socket(fileno=fd) for fd in fds)
 
-    def _request(self, **request: Any) -> bool:
-        """Ask the helper. Raises OSError when it cannot do it."""
+    def _request(self, words: str) -> bool:
+        """Ask the helper (inside.serve). Raises OSError when it cannot do it."""
         with self._lock:
-            self.channel.send(json.dumps(request).encode())
-            said = json.loads(self.channel.recv(inside.REQUEST_BYTES) or b'{"error": "the helper ended"}')
-        if "error" in said:
-            raise OSError(0, said["error"])
-        return bool(said["ok"])
+            self.channel.send(words.encode())
+            return _understood(self.channel.recv(inside.REQUEST_BYTES))
 
     # --- the outside ---
 
     def attach(self) -> None:
         """Begin to connect the namespace with the world as this user's own processes see it."""
         self.detach()
-        log = self.runtime / "pasta.log"
-        with log.open("wb") as out:
-            self.outside = subprocess.Popen(
-                [*self.pasta, str(self.helper)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                preexec_fn=partial(linux.end_with_parent, os.getpid()),
-                cwd="/",
-            )
-        (self.runtime / "pasta.pid").write_text(str(self.outside.pid))
+        with open(f"{self.runtime}/pasta.log", "wb") as out:
+            self.outside = _start([*self.pasta, str(self.helper)], out.fileno())
+        with open(f"{self.runtime}/pasta.pid", "w") as file:
+            file.write(str(self.outside))
         self._attach_until = time.monotonic() + _ATTACH_TIMEOUT_S
 
     def detach(self) -> None:
         """End the outside; established connections end with it."""
         if self.outside is not None:
-            self.outside.kill()
-            self.outside.wait()
+            os.kill(self.outside, signal.SIGKILL)
+            os.waitpid(self.outside, 0)
             self.outside = None
 
     def _look_outside(self) -> None:
@@ -130,14 +117,15 @@ class Guard:
         elif self.outside is None:
             if now >= self._attach_at:
                 self.attach()
-        elif self.outside.poll() is not None:
-            log = self.runtime / "pasta.log"
-            words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            self.attached_error = words[-1] if words else f"pasta ended with code {self.outside.returncode}"
+        elif (ended := os.waitpid(self.outside, os.WNOHANG))[0]:
+            with open(f"{self.runtime}/pasta.log", errors="replace") as log:
+                words = [line for line in log.read().splitlines() if line.strip()]
+            code = os.waitstatus_to_exitcode(ended[1])
+            self.attached_error = words[-1] if words else f"pasta ended with code {code}"
             self.outside, self._attach_at = None, now + _ATTACH_AGAIN_S
             self._say_ready()
         elif not self._ready or self.attached_error is not None:
-            if self._request(route=True):
+            if self._request("route"):
                 self.attached_error = None
                 self._say_ready()
             elif now > self._attach_until:
@@ -148,7 +136,7 @@ class Guard:
         if not self._ready:
             self._ready = True
             with contextlib.suppress(OSError):
-                os.write(1, json.dumps({"ready": True, "error": self.attached_error}).encode() + b"\n")
+                _say("ready", self.attached_error or "")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     # --- names ---
@@ -183,7 +171,8 @@ class Guard:
             if self.policy.mode == "filtered":
                 seconds = _LONGEST_S + _GRACE_S
                 try:
-                    self._request(nft=policy.admission((address, seconds) for address in answer.addresses))
+                    admitted = policy.admission((address, seconds) for address in answer.addresses)
+                    self._request(f"nft {admitted}")
                 except OSError:
                     return question, question.answer(dns.SERVFAIL)
         return question, answer.message
@@ -271,6 +260,8 @@ class Guard:
             client.settimeout(1.0)
             with contextlib.suppress(OSError, ValueError, KeyError):
                 data, fds, _, _ = socket.recv_fds(client, 1 << 16, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                import json  # of no use until somebody asks
+
                 request = json.loads(data)
                 if "watch" in request:
                     self._watch(request["watch"], fds)
@@ -309,7 +300,7 @@ class Guard:
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         if "allow" in request:
             domains = (*self.policy.domains, *request["allow"])
-            self.policy = replace(self.policy, domains=tuple(dict.fromkeys(domains)))
+            self.policy = changed(self.policy, domains=tuple(dict.fromkeys(domains)))
         return {
             "policy": self.policy.as_json(),
             "outside": self.policy.mode != "off" and self.outside is not None and self.attached_error is None,
@@ -321,11 +312,12 @@ class Guard:
 
     def run(self) -> None:
         """Serve until the VM has ended."""
-        path = self.runtime / "net"
-        path.unlink(missing_ok=True)
+        path = f"{self.runtime}/net"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         self.control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.control.bind(str(path))
-        path.chmod(0o600)
+        self.control.bind(path)
+        os.chmod(path, 0o600)
         self.control.listen(8)
         served = {
             self.udp: self._on_udp,
@@ -357,19 +349,53 @@ class Guard:
             os.kill(self.helper, signal.SIGKILL)
         os.waitpid(self.helper, 0)
         with contextlib.suppress(OSError):
-            (self.runtime / "net").unlink()
+            os.unlink(f"{self.runtime}/net")
+
+
+def _start(argv: list[str], output: int) -> int:
+    """Start a program that ends with this process; returns its process id. `subprocess` would take longer to import.
+
+    It reads nothing, its words go to `output`, and it inherits nothing else.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        linux.end_with_parent(parent)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.closerange(3, 1 << 20)
+        os.chdir("/")
+        os.execv(argv[0], argv)
+    finally:
+        os._exit(127)
+
+
+def _say(word: str, why: str) -> None:
+    os.write(1, f"{word} {' '.join(why.split())}\n".encode())
+
+
+def _understood(answer: bytes) -> bool:
+    """Whether the helper said yes. Raises OSError with what it could not do."""
+    word, _, why = answer.decode().partition(" ")
+    if word not in ("yes", "no"):
+        raise OSError(0, why or "the helper ended")
+    return word == "yes"
 
 
 def main() -> None:
-    """`guard USER_FD NET_FD ALIVE_FD`: settings on standard input, one line of JSON on standard output when ready."""
+    """`guard USER_FD NET_FD ALIVE_FD`: settings on standard input; it says a line, `ready` or `failed`, and why."""
     user, net, alive = map(int, sys.argv[-3:])
-    settings = json.load(sys.stdin)
+    settings = marshal.load(sys.stdin.buffer)  # noqa: S302 (of watch.Watch, which started it)
     os.umask(0o077)
     guard = Guard(settings, user, net, alive)
     try:
         guard.enter()
     except OSError as error:
-        print(json.dumps({"ready": False, "error": error.strerror or str(error)}), flush=True)
+        _say("failed", error.strerror or str(error))
         sys.exit(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

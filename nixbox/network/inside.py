@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
 import socket
 import struct
-from pathlib import Path
-from typing import Any
 
 from nixbox.network import namespace, policy
 
@@ -55,7 +52,8 @@ def _configure(library: str, rules: str) -> Filter:
     nft = Filter(library)
     nft.apply(rules)
     for file, value in (("icmp_ratemask", "0"), ("ip_forward", "1")):  # a refusal that waits its turn is a time-out
-        Path(f"/proc/sys/net/ipv4/{file}").write_text(value)
+        with open(f"/proc/sys/net/ipv4/{file}", "w") as out:
+            out.write(value)
     set_up_device()
     return nft
 
@@ -122,34 +120,40 @@ def _log_socket() -> socket.socket:
 
 def has_route() -> bool:
     """Whether this process's network namespace has a way out (the main table's default route)."""
-    lines = Path("/proc/thread-self/net/route").read_text().splitlines()[1:]
+    with open("/proc/thread-self/net/route") as file:
+        lines = file.read().splitlines()[1:]
     return any(line.split()[1:2] == ["00000000"] and line.split()[0] != "lo" for line in lines)
 
 
 def serve(user: int, net: int, library: str, rules: str, channel: socket.socket) -> None:
     """The process's whole life: set up, answer with the sockets or with what failed, then take requests.
 
-    Requests are JSON: {"nft": TEXT} or {"route": true}; the answers {"ok": BOOL} or {"error": TEXT}.
+    Requests are `route`, whether there is a way out, and `nft` with commands after it; answers are `yes`, `no` and
+    `error` with words after it.
     """
     try:
         namespace.join(user, net)
         nft = _configure(library, rules)
         sockets = [*_dns_sockets(), _log_socket()]
-        socket.send_fds(channel, [b"{}"], [sock.fileno() for sock in sockets])
+        socket.send_fds(channel, [b"yes"], [sock.fileno() for sock in sockets])
         for sock in sockets:
             sock.close()
     except OSError as error:
-        channel.send(json.dumps({"error": error.strerror or str(error)}).encode())
+        channel.send(_error(error))
         return
     while request := channel.recv(REQUEST_BYTES):
-        channel.send(json.dumps(_answer(nft, json.loads(request))).encode())
+        channel.send(_answer(nft, *request.decode().split(" ", 1)))
 
 
-def _answer(nft: Filter, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(nft: Filter, what: str, text: str = "") -> bytes:
     try:
-        if "nft" in request:
-            nft.apply(request["nft"])
-            return {"ok": True}
-        return {"ok": has_route()}
+        if what == "nft":
+            nft.apply(text)
+            return b"yes"
+        return b"yes" if has_route() else b"no"
     except OSError as error:
-        return {"error": error.strerror or str(error)}
+        return _error(error)
+
+
+def _error(error: OSError) -> bytes:
+    return f"error {error.strerror or error}".encode()

@@ -10,21 +10,24 @@ import fcntl
 import os
 import socket
 import struct
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from nixbox import linux
 from nixbox.errors import HostError
 from nixbox.network import policy
-from nixbox.plan.model import NETWORK_MTU
+from nixbox.plan.network import NETWORK_MTU
+from nixbox.values import value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
 
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _SIOCSIFMTU = 0x8922  # linux/sockios.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True)
 class Namespace:
     """The two namespaces and the TAP device in them, as open descriptors; a context manager that closes them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
-from nixbox.plan.model import GUEST_ADDRESS, GUEST_SHELL_PORT, Policy
+from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, Policy
 
 # The same in every machine: each has a network namespace of its own.
 DEVICE = "tap0"

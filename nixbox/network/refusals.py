@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from nixbox.values import as_dict, value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _LIMIT_BYTES = 1 << 20
 _AGAIN_S = 2.0  # a program that tries again and again is told of once in so many seconds
@@ -17,7 +20,7 @@ _NFULA_PAYLOAD = 9
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True)
 class Refusal:
     """One thing that the guest did not get: a name, or a connection. `time` is in seconds since the epoch.
 
@@ -35,8 +38,8 @@ class Refusal:
 class Log:
     """The file `net.log` of a machine. Not for two processes at once."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path | str) -> None:
+        self._file = str(file)
         self._last: dict[tuple[object, ...], float] = {}
 
     def write(self, refusal: Refusal) -> None:
@@ -48,10 +51,12 @@ class Log:
         if len(self._last) > 1000:
             self._last.clear()
         self._last[key] = now
-        line = json.dumps(asdict(refusal)) + "\n"
+        import json  # of no use to a guard until then
+
+        line = json.dumps(as_dict(refusal)) + "\n"
         try:
-            if self._file.exists() and self._file.stat().st_size > _LIMIT_BYTES:
-                self._file.replace(self._file.with_suffix(".log.old"))
+            if os.path.exists(self._file) and os.stat(self._file).st_size > _LIMIT_BYTES:
+                os.replace(self._file, f"{self._file}.old")
             fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(fd, "w") as out:
                 out.write(line)
@@ -61,6 +66,8 @@ class Log:
 
 def read(file: Path) -> Iterator[Refusal]:
     """The refusals in a log, oldest first; a line that is damaged is passed over."""
+    import json
+
     for part in (file.with_suffix(".log.old"), file):
         try:
             lines = part.read_text(errors="replace").splitlines()

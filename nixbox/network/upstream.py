@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import socket
 import struct
 import time
-from pathlib import Path
 
 from nixbox.network import dns
 
-_RESOLV_CONF = Path("/etc/resolv.conf")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_RESOLV_CONF = "/etc/resolv.conf"
 _TRIES = 2
 _UDP_TIMEOUT_S = 2.0
 _TCP_TIMEOUT_S = 4.0
@@ -21,7 +25,7 @@ _MOST_SERVERS = 3  # resolv.conf(5), MAXNS
 class Servers:
     """The host's name servers. The file is read again when it changes: a VPN comes and goes while a machine runs."""
 
-    def __init__(self, file: Path = _RESOLV_CONF) -> None:
+    def __init__(self, file: Path | str = _RESOLV_CONF) -> None:
         self._file = file
         self._seen: object = None
         self._servers: tuple[str, ...] = ()
@@ -29,10 +33,11 @@ class Servers:
     def now(self) -> tuple[str, ...]:
         """Their addresses, in order."""
         try:
-            info = self._file.stat()
+            info = os.stat(self._file)
             seen = (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size)
             if seen != self._seen:
-                self._servers = parse_resolv_conf(self._file.read_text(errors="replace"))
+                with open(self._file, errors="replace") as file:
+                    self._servers = parse_resolv_conf(file.read())
                 self._seen = seen
         except OSError:
             self._seen, self._servers = None, ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import marshal
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 from nixbox import run
 from nixbox.errors import HostError, NixboxError
 from nixbox.network import namespace
-from nixbox.plan.model import Policy
+from nixbox.plan.network import Policy
 
 _READY_TIMEOUT_S = 30.0
 _ASK_TIMEOUT_S = 10.0
@@ -70,7 +71,7 @@ class Watch:
             os.close(lock)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it says why on its way out
-            self._process.stdin.write(json.dumps(settings).encode())
+            self._process.stdin.write(marshal.dumps(settings))
             self._process.stdin.close()
 
     def settle(self) -> str | None:
@@ -84,17 +85,14 @@ class Watch:
         pipe = process.stdout
         assert pipe is not None
         with pipe:
-            answer = b""
-            if select.select([pipe], [], [], _READY_TIMEOUT_S)[0]:
-                answer = pipe.readline()
-        said = json.loads(answer or '{"ready": false, "error": "its guard ended or did not answer"}')
-        if not said["ready"]:
+            answer = pipe.readline() if select.select([pipe], [], [], _READY_TIMEOUT_S)[0] else b""
+        word, _, why = answer.decode(errors="replace").strip().partition(" ")
+        if word != "ready":
             raise HostError(
-                f"the machine's network cannot be enforced: {said['error']}",
+                f"the machine's network cannot be enforced: {why or 'its guard ended or did not answer'}",
                 hint="`nixbox doctor` says what is missing; no machine gets a wider network than its config says",
             )
-        error: str | None = said["error"]
-        return error
+        return why or None
 
 
 def library() -> str:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Mount, Seed
+    from nixbox.plan.network import Policy
 
 Accelerator = Literal["kvm", "hvf", "tcg"]
 BackendName = Literal["qemu", "krun", "cloud-hypervisor"]
-
-# Bytes: of the guest's card, its namespace's end of it, and pasta's device. What leaves is taken apart and sent anew
-# by the host's own sockets (passt(1)), so packets may be large.
-NETWORK_MTU = 65520
-GUEST_ADDRESS = "10.0.2.15"  # the same in every machine: each has a network namespace of its own
-GUEST_SHELL_PORT = 2  # of nixbox's own sessions, where the hypervisor has no serial port for them (nix/guest/stage2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +31,6 @@ class ImageSpec:
     build: tuple[Script, ...]
     build_network: bool
     krun: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What a guest may reach. `domains` cover their subdomains; `ports` are TCP ports (none: 80 and 443).
-
-    Both matter in `filtered` only; `allow_private` opens private and link-local ranges in both modes that let out.
-    """
-
-    mode: Literal["off", "filtered", "open"]
-    domains: tuple[str, ...] = ()
-    ports: tuple[int, ...] = ()
-    allow_private: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """For a pipe or a file; `from_json` reads it."""
-        return {
-            "mode": self.mode,
-            "domains": list(self.domains),
-            "ports": list(self.ports),
-            "allow_private": self.allow_private,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Policy:
-        """What `as_json` wrote. Raises KeyError."""
-        return cls(data["mode"], tuple(data["domains"]), tuple(data["ports"]), data["allow_private"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def begin(start: Start, plan: Plan, *, cold: bool) -> Begun:
     begun = None
     if not cold:
         begun = _resume(start)
-        if begun is None and start.backend.features.restore:
+        if begun is None and start.backend.features.templates:
             begun = _restore(start, plan)
     if begun is None:
         begun = _boot(start, plan)

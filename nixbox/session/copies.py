@@ -46,7 +46,7 @@ def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) ->
         other.launch(other.spec(memory, incoming=True), pass_fds)
         start.backend.pause(start.machine.sockets)
         start.backend.move(start.machine.sockets, keeper.sockets)
-        return start.backend.save(keeper.sockets, memory_is_file=True)
+        return start.backend.save(keeper.sockets, memory)
     finally:
         stop.abandon(keeper, start.backend)
         keeper.remove()

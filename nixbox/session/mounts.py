@@ -19,6 +19,7 @@ from nixbox.guest import control
 from nixbox.image import store
 from nixbox.image.build import Image
 from nixbox.machine import record as records
+from nixbox.machine.backend import slot_tag
 from nixbox.mounts import daemon, health, places, standin
 from nixbox.plan.model import Shared
 from nixbox.session import net
@@ -67,12 +68,13 @@ class Shares:
         self.image = image
         self._served: list[tuple[Shared, daemon.Daemon | None]] = []
         # For a hypervisor that serves them itself: what it is told, and locks that it is to hold.
-        self.given: list[tuple[str, jails.Share]] = []
+        self.given: list[jails.Share] = []
         self.locks: list[int] = []
 
     def serve(self, listed: Sequence[Shared]) -> None:
         """Start a process for each, unless the hypervisor is to serve them. Raises ConfigError, HostError."""
         self._served.clear()  # of a start that failed before this one
+        self.given.clear()
         workspace, runtime = self.machine.workspace, self.machine.runtime
         if not listed:
             paths.remember(workspace.resolve())
@@ -83,15 +85,16 @@ class Shares:
         plugs = self.backend.features.hot_plug
         chosen = daemon.program(self._tools()) if plugs else None
         writable = {}
-        for place in found:
-            tag = f"nixbox-{os.urandom(4).hex()}"
+        for number, place in enumerate(found):
+            # The devices of a hypervisor that plugs nothing in are those of its template, their names as well.
+            tag = f"nixbox-{os.urandom(4).hex()}" if plugs else slot_tag(number)
             named = replace(shared(place, added=place.mount.target in added), tag=tag)
             started = None
             if chosen is not None:
                 started = daemon.start(chosen, place, runtime, tag, self.machine.logs / "mounts.log")
             else:
                 self.locks.append(health.hold(runtime, tag))
-                self.given.append((tag, place.share))
+                self.given.append(place.share)
             self._served.append((named, started))
             if not named.readonly:
                 writable[place.source] = health.lock_file(runtime, tag)

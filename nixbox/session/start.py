@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nixbox import sparse
 from nixbox.errors import ConfigError, NixboxError
 from nixbox.guest import control, ssh
-from nixbox.machine import overlay, saved
+from nixbox.machine import overlay
 from nixbox.machine.backend import MemoryFile, VmSpec
 from nixbox.network import namespace, policy
 from nixbox.network.watch import Watch
@@ -42,7 +43,7 @@ def own_copy(fd: int) -> Iterator[int]:
     """A copy in memory of a file (a descriptor) with all its holes; it lasts as long as a VM that maps it."""
     copy = os.memfd_create("nixbox-memory", os.MFD_CLOEXEC)
     try:
-        saved.copy_data(fd, copy)
+        sparse.copy_data(fd, copy)
         yield copy
     finally:
         os.close(copy)
@@ -93,7 +94,11 @@ class Restored:
 
 @dataclass(frozen=True)
 class Start:
-    """All that a start needs to know. `env` maps names to values that are for this machine's guest alone."""
+    """All that a start needs to know.
+
+    `env` maps names to values that are for this machine's guest alone; `devices_of` is the record of the machine
+    whose devices this one has to have, if that is another.
+    """
 
     machine: MachineDir
     record: Record
@@ -104,6 +109,7 @@ class Start:
     report: Reporter
     phase: Phases = field(default_factory=Phases)
     bound: bool = False
+    devices_of: Record | None = None
     watch: Watch = field(default_factory=Watch)
 
     @cached_property
@@ -113,6 +119,7 @@ class Start:
 
     def spec(self, memory: MemoryFile | None = None, *, incoming: bool = False) -> VmSpec:
         """The VM that the record describes."""
+        mounts = (self.devices_of or self.record).mounts
         return VmSpec(
             name=self.machine.name,
             kernel=self.image.file(self.backend.kernel),
@@ -122,11 +129,13 @@ class Start:
             console_log=self.machine.console_log,
             vcpus=self.record.vcpus,
             memory_mib=self.record.memory_mib,
+            disk_mib=self.record.disk_mib,
             accelerator=self.record.accelerator,  # type: ignore[arg-type]
             memory_file=memory,
             incoming=incoming,
             bound=self.bound,
             return_memory=self.record.return_memory,
+            slots=0 if self.backend.features.hot_plug else len(mounts),
             shares=tuple(self.shares.given),
         )
 
@@ -205,17 +214,20 @@ class Start:
         going_on: Callable[[], None] = lambda: None,
     ) -> Restored:
         """`restore_from` with memory as it is."""
-        sockets = self.machine.sockets
+        sockets, plugs = self.machine.sockets, self.backend.features.hot_plug
         with self.phase("restore"), ExitStack() as undo:
+            if not plugs:  # the hypervisor serves them from the start
+                self.shares.serve(self.record.shared)
             self.launch(self.spec(memory, incoming=True), pass_fds)
             undo.callback(self.shares.abandon)
             ssh.make_keys(self.machine.ssh)  # a new machine's, while the hypervisor comes up
-            self.shares.serve(self.record.shared)
+            if plugs:
+                self.shares.serve(self.record.shared)
             # First the channels: the guest then finds its host where it was. One that came later would be missed: a
             # guest that was saved connected goes on talking, and what nobody takes is lost.
             channel = undo.enter_context(control.Control.connect(sockets.control))
             shell = undo.enter_context(ssh.connected(sockets.shell))
-            self.backend.load(sockets, state, memory_is_file=True)
+            self.backend.load(sockets, state)
             self.shares.plug()
             going_on()
             self.backend.resume(sockets)

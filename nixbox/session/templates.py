@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nixbox import run
+from nixbox import run, sparse
 from nixbox.errors import NixboxError
 from nixbox.guest import ssh
 from nixbox.machine import overlay, saved, template
 from nixbox.machine.backend import MemoryFile
 from nixbox.machine.record import MachineDir, new_machine_id
 from nixbox.network.watch import Watch
+from nixbox.plan.network import Policy
 from nixbox.report import Phases
 from nixbox.session import stop
 from nixbox.session.start import Restored, Start
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from nixbox.guest.control import Control
     from nixbox.machine.template import Key, Stage, Template
-    from nixbox.plan.model import Plan, Policy
+    from nixbox.plan.model import Plan
     from nixbox.report import Reporter
 
 _HOLD_TIMEOUT_S = 60.0
@@ -113,6 +114,7 @@ class Templates:
             self.start,
             machine=machine,
             record=record,
+            devices_of=self.start.record,
             env={},
             settings=self.start.settings,
             phase=Phases(),
@@ -124,8 +126,8 @@ class Templates:
         builder = self._builder(work, key, None)
         self.start.report.phase(f"making a template: booting ({key.accelerator})")
         out = _new_directory(work / "out")
-        with builder.machine.overlay.open("wb") as disk:
-            disk.truncate(1 << 20)  # a disk must be there; nobody looks at it
+        with builder.machine.overlay.open("wb") as disk:  # nobody looks at it but for its size
+            disk.truncate(builder.record.disk_mib << 20)
         try:
             builder.boot(MemoryFile(out / "memory", shared=True)).close()
             self._save(builder, out)
@@ -136,10 +138,11 @@ class Templates:
     def _make_ready(self, key: Key, work: Path) -> Found:
         boot = self.get("boot").template
         try:
-            builder = self._builder(work, key, self.start.watch.policy if key.setup is not None else None)
+            # Only a setup may reach anything; nixbox's own sessions may need a network that leads nowhere.
+            builder = self._builder(work, key, self.start.watch.policy if key.setup is not None else Policy("off"))
             out = _new_directory(work / "out")
             with saved.create(out / "memory") as memory:
-                saved.copy_data(boot.memory, memory.fileno())
+                sparse.copy_data(boot.memory, memory.fileno())
             overlay.create(builder.machine.overlay, self.plan.machine.disk_mib)
             try:
                 with builder.restore(MemoryFile(out / "memory", shared=True), boot.state) as restored:
@@ -166,12 +169,12 @@ class Templates:
         self.start.report.phase("making a template: starting the guest")
         restored.tell("boot")
         restored.ready()
+        builder.watch.settle()
         endpoint = stop.reached(builder.machine)
         run.run([*endpoint.argv("-T"), _WARM], timeout_s=_HOLD_TIMEOUT_S, check=False)
         failure = None
         if key.setup is not None:
             assert self.plan.machine.setup is not None
-            builder.watch.settle()
             failure = run_setup(builder.machine, builder.report, self.plan.machine.setup)
             if failure is not None and self.plan.machine.env_names:
                 failure.hint = (
@@ -191,7 +194,7 @@ class Templates:
         sockets = builder.machine.sockets
         with self.start.phase("save"):
             builder.backend.pause(sockets)
-            state = builder.backend.save(sockets, memory_is_file=True)
+            state = builder.backend.save(sockets, MemoryFile(out / "memory", shared=True))
             with saved.create(out / "state") as file:
                 file.write(state)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from nixbox import linux, run
 from nixbox.image import apt, store
 from nixbox.image import lock as locks
-from nixbox.machine.backend import Sockets
+from nixbox.machine.backend import MemoryFile, Sockets
 from nixbox.machine.qemu import Qemu
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +110,8 @@ class Box:
         self._number = 0
         self._said = b""
         self._control: socket.socket | None = None
-        share = "on" if state is None else "off"
+        self._memory = MemoryFile(memory, shared=state is None)
+        share = "on" if self._memory.shared else "off"
         # One CPU: KVM patches the kernel's code when it makes its first VM ("static keys"), and with several QEMU 7.2
         # may go on with what it translated before: both then take the same trap for ever, once in some fifty VMs.
         argv = [
@@ -146,7 +147,7 @@ class Box:
         try:
             self._control = self._connect(self._sockets.control)
             if state is not None:
-                Qemu().load(self._sockets, state, memory_is_file=True)
+                Qemu().load(self._sockets, state)
                 Qemu().resume(self._sockets)
         except BaseException:
             self.end()
@@ -241,7 +242,7 @@ class Box:
     def save(self) -> bytes:
         """Stop it for good, its memory in the file that it was started with; returns the state of its devices."""
         Qemu().pause(self._sockets)
-        return Qemu().save(self._sockets, memory_is_file=True)
+        return Qemu().save(self._sockets, self._memory)
 
     def end(self) -> None:
         """End it, and leave nothing."""

@@ -36,6 +36,7 @@ SPEC = VmSpec(
     console_log=Path("/w/console.log"),
     vcpus=3,
     memory_mib=1536,
+    disk_mib=8192,
     accelerator="kvm",
 )
 BACKEND: Backend = CloudHypervisor()
@@ -249,17 +250,18 @@ def test_a_machine_lives_and_ends(machines: Any, tmp_path: Path) -> None:
 
 def test_a_saved_machine_goes_on_as_another(machines: Any, tmp_path: Path) -> None:
     (tmp_path / "ram").touch()
-    first = machines("a", memory_file=MemoryFile(tmp_path / "ram", shared=True)).start()
+    memory = MemoryFile(tmp_path / "ram", shared=True)
+    first = machines("a", memory_file=memory).start()
     first.booted().close()
     with pytest.raises(ApiError, match="not paused"):
-        BACKEND.save(first.sockets, memory_is_file=True)
+        BACKEND.save(first.sockets, memory)
     BACKEND.pause(first.sockets)
-    state = BACKEND.save(first.sockets, memory_is_file=True)
+    state = BACKEND.save(first.sockets, memory)
     BACKEND.quit(first.sockets)
     second = machines("b", memory_file=MemoryFile(tmp_path / "copy", shared=False), incoming=True).start()
     with pytest.raises(ApiError, match="not created"):
         BACKEND.status(second.sockets)
-    BACKEND.load(second.sockets, state, memory_is_file=True)
+    BACKEND.load(second.sockets, state)
     assert BACKEND.status(second.sockets) == "paused"
     BACKEND.resume(second.sockets)
     second.booted().close()
@@ -278,9 +280,9 @@ def test_a_saved_machine_goes_on_as_another(machines: Any, tmp_path: Path) -> No
 def test_what_is_no_saved_machine_is_refused(machines: Any) -> None:
     machine = machines(incoming=True).start()
     with pytest.raises(NixboxError, match="cannot be unpacked"):
-        BACKEND.load(machine.sockets, b"nothing like it", memory_is_file=False)
+        BACKEND.load(machine.sockets, b"nothing like it")
     with pytest.raises(NixboxError, match=r"config\.json"):
-        BACKEND.load(machine.sockets, b"\0" * 10240, memory_is_file=False)  # an archive of nothing
+        BACKEND.load(machine.sockets, b"\0" * 10240)  # an archive of nothing
     with pytest.raises(NixboxError) as caught:
         BACKEND.move(machine.sockets, machine.sockets)
     assert caught.value.hint

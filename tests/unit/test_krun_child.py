@@ -24,7 +24,7 @@ from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.jails import Inode, Share
 from nixbox.machine import krun, libkrun
-from nixbox.machine.backend import Backend, Sockets, VmSpec
+from nixbox.machine.backend import Backend, MemoryFile, Sockets, VmSpec
 from nixbox.machine.krun import Krun
 from nixbox.network import namespace
 from tests.krun import HANG_S, WAITS, build, c_library, machine_spec, needs_cc, needs_library, share
@@ -209,7 +209,7 @@ def test_a_directory_that_is_another_by_now_is_not_shared(
     inode, other = Inode.of(source), Inode(0, 0)
 
     def why(*shares: Share) -> str:
-        machine.spec = replace(machine.spec, shares=tuple((f"mnt{i}", found) for i, found in enumerate(shares)))
+        machine.spec = replace(machine.spec, slots=len(shares), shares=shares)
         with namespace.create() as machine.network:  # each is for one start
             error = machine.refusal(library)
         assert isinstance(error, HostError)
@@ -256,6 +256,7 @@ def test_the_channels_of_a_machine(machine: Machine, built: Callable[[str], Path
     assert machine.spec.console_log.stat().st_mode & 0o777 == 0o600
     with connected(machine.sockets.monitor) as sock:
         sock.sendall(b"nonsense\n")
+        sock.shutdown(socket.SHUT_WR)
         assert sock.recv(64) == b"?\n"
     for path in (machine.sockets.control, machine.sockets.monitor, machine.sockets.shell):
         assert path.stat().st_mode & 0o777 == 0o600
@@ -275,8 +276,8 @@ def test_a_machine_sees_its_own_files_and_has_no_rights(
     (source / "hidden").mkdir(parents=True)
     (source / "hidden/secret").touch()
     masks = ((Path("hidden"), Inode.of(source / "hidden")),)
-    shares = (("mnt0", Share(source, Inode.of(source), False, masks)), ("mnt1", share(source, readonly=True)))
-    machine.spec = replace(machine.spec, shares=shares)
+    shares = (Share(source, Inode.of(source), False, masks), share(source, readonly=True))
+    machine.spec = replace(machine.spec, slots=len(shares), shares=shares)
     library = built(
         r"""
         #include <fcntl.h>
@@ -316,6 +317,37 @@ def test_a_machine_sees_its_own_files_and_has_no_rights(
         assert Path(f"/proc/{pid}/{kind}_map").read_text().split()[::2] == ["1000", "1"]
     assert b"SECRET" not in Path(f"/proc/{pid}/environ").read_bytes()
     assert Path(f"/proc/{pid}/ns/net").stat().st_ino == os.fstat(machine.network.net).st_ino
+
+
+@needs_cc
+@needs_devices
+def test_a_restored_machine_cannot_change_its_template(
+    machine: Machine, built: Callable[[str], Path], tmp_path: Path
+) -> None:
+    library = built(
+        r"""
+        #include <fcntl.h>
+        #include <stdio.h>
+        int32_t krun_set_snapshot_memory_fd2(uint32_t ctx, int fd, uint32_t immutable) {
+            char path[64], first = 0;
+            snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+            say(2, pread(fd, &first, 1, 0) == 1 && first == 'm' ? "read\n" : "not read\n");
+            say(2, pwrite(fd, "x", 1, 0) == 1 ? "written\n" : "not written\n");
+            say(2, open(path, O_RDWR) < 0 ? "not opened\n" : "opened\n");
+            return 0;
+        }
+        static int entered(void) { return 0; }
+        """
+    )
+    (tmp_path / "memory").write_bytes(b"memory")
+    with (tmp_path / "memory").open("r+b") as template:  # as templates are open
+        memory = MemoryFile.of(template.fileno(), shared=False)
+        machine.spec = replace(machine.spec, memory_file=memory, incoming=True)
+        pid = machine.start(library, (template.fileno(),))
+    assert machine.log.read_text() == "read\nnot written\nnot opened\n"
+    links = [fd.readlink() for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+    assert [link.name for link in links].count("memory") == 1
+    assert Krun().status(machine.sockets) == "inmigrate"
 
 
 @needs_cc
@@ -387,8 +419,8 @@ def test_the_real_library_takes_every_order(machine: Machine, tmp_path: Path) ->
     """Up to krun_start_enter: the kernel only halts."""
     source = tmp_path / "source"
     source.mkdir()
-    shares = (("mnt0", share(source, readonly=False)), ("mnt1", share(source, readonly=True)))
-    machine.spec = replace(machine.spec, shares=shares)
+    shares = (share(source, readonly=False), share(source, readonly=True))
+    machine.spec = replace(machine.spec, slots=len(shares), shares=shares)
     pid = machine.start()  # its answer comes after the last order
     assert_confined(pid)
     machine.processes[0].kill()

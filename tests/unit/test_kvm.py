@@ -63,8 +63,17 @@ def test_a_fast_run_is_enough() -> None:
     assert play((HLT, 9.0), (HLT, 0.1)) == (Measurement(exit_reason=HLT, run_ms=0.1), [1_000, 20_000])
 
 
-def test_a_far_too_slow_run_is_enough() -> None:
-    assert play((HLT, 1.4), (HLT, 28.0)) == (Measurement(exit_reason=HLT, run_ms=28.0), [1_000, 20_000])
+def test_a_far_too_slow_run_is_believed_when_two_short_ones_say_so() -> None:
+    seen, asked = play((HLT, 1.4), (HLT, 28.0), (HLT, 7.0), (HLT, 7.5))
+    assert (seen, asked) == (Measurement(exit_reason=HLT, run_ms=28.0), [1_000, 20_000, 5_000, 5_000])
+    assert play((HLT, 1.4), (HLT, 28.0), (None, 2.0))[0] == Measurement(exit_reason=HLT, run_ms=28.0)
+
+
+def test_a_stall_of_the_host_is_no_slow_kvm() -> None:
+    seen, asked = play((HLT, 0.1), (HLT, 28.0), (HLT, 0.2))
+    assert (seen, asked) == (Measurement(exit_reason=HLT, run_ms=0.8), [1_000, 20_000, 5_000])
+    seen, _ = play((HLT, 0.1), (HLT, 28.0), (HLT, 14.0), (HLT, 0.2))
+    assert seen.run_ms == 0.8
 
 
 def test_in_doubt_the_best_of_three_counts() -> None:

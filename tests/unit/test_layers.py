@@ -40,7 +40,9 @@ RANKS = {
     "errors": 0,
     "linux": 0,
     "locks": 0,
+    "sparse": 0,
     "trees": 0,
+    "values": 0,
 }
 STARTERS = {"subprocess", "multiprocessing", "pty", "sh", "_posixsubprocess", "concurrent"}
 STARTING_CALLS = ("exec", "fork", "spawn", "posix_spawn", "system", "popen")

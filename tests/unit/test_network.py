@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nixbox.errors import ConfigError, NixboxError
 from nixbox.network import dns, policy, refusals, upstream
-from nixbox.plan.model import Policy
+from nixbox.plan.network import Policy
 from nixbox.session import net, ports
 
 LABEL = st.text("abcxyz019-", min_size=1, max_size=12)

@@ -28,6 +28,7 @@ SPEC = VmSpec(
     console_log=Path("/w/.nixbox/machines/web-1/logs/console.log"),
     vcpus=3,
     memory_mib=1536,
+    disk_mib=8192,
     accelerator="tcg",
 )
 FDS = Fds(control=7, monitor=9, shell=11, tap=13)
@@ -233,7 +234,9 @@ OWN: dict[str, object] = {
     "memory_file": MemoryFile(Path("/proc/self/fd/9"), shared=False),
     "incoming": True,
     "bound": True,
-    "shares": (("nixbox-1", Share(Path("/srv"), Inode(1, 2), False, ())),),  # other backends' only
+    "disk_mib": 1024,
+    "slots": 2,  # other backends' only, as the next
+    "shares": (Share(Path("/srv"), Inode(1, 2), False, ()),),
 }
 SHARED: dict[str, object] = {
     "vcpus": 4,

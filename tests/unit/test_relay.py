@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import socket
@@ -274,8 +275,10 @@ class Shells:
         """A connection's two ends: the host's, and the server's."""
         self.server.listen()
         host = self.connect()
+        host.sendall(b"0")
         guest, _ = self.server.accept()
         guest.settimeout(HANG_S)
+        assert guest.recv(1) == b"0"
         return host, guest
 
 
@@ -313,7 +316,21 @@ def test_a_server_that_listens_late_is_waited_for(shells: Shells, monkeypatch: p
 def test_a_server_that_never_listens_is_given_up(shells: Shells, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "_CONNECT_LIMIT_S", 0.05)
     with shells.connect() as host:
-        assert host.recv(1) == b""
+        host.sendall(b"SSH-2.0-early\r\n")
+        with contextlib.suppress(ConnectionResetError):  # its words were never read
+            assert host.recv(1) == b""
+
+
+def test_a_server_hears_nothing_before_the_host_has_said_a_word(shells: Shells) -> None:
+    """Connections of before a restore, begun and given up, would fill its queue."""
+    shells.connect().close()
+    with shells.connect(), shells.connect() as second:
+        host, guest = shells.both()
+        with host, guest:
+            second.sendall(b"now")
+            later, _ = shells.server.accept()
+            with later:
+                assert later.recv(3) == b"now"
 
 
 def test_whoever_closes_first_ends_both_ways(shells: Shells) -> None:

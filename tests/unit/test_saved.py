@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from nixbox import sparse
 from nixbox.errors import NixboxError
 from nixbox.machine import saved
 
@@ -379,7 +380,7 @@ def test_memory_without_a_file_system_takes_a_copy(tmp_path: Path) -> None:
     memory = os.memfd_create("test", os.MFD_CLOEXEC)
     try:
         with source.open("rb") as file:
-            saved.copy_data(file.fileno(), memory)
+            sparse.copy_data(file.fileno(), memory)
         assert os.pread(memory, 5 * MIB, 0) == source.read_bytes()
         assert os.fstat(memory).st_blocks * 512 <= 8 * BLOCK
     finally:
