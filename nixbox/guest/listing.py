@@ -112,6 +112,7 @@ class _Walk:
     prefix: bytes
     excluded: Callable[[bytes, bool], bool]
     own: frozenset[tuple[int, int]]
+    moved: frozenset[tuple[int, int]]
     files: list[Entry] = field(default_factory=list)
     hard: list[Entry] = field(default_factory=list)
     directories: list[Entry] = field(default_factory=list)
@@ -154,7 +155,8 @@ class _Walk:
 
     def inner(self, at: int, name: bytes, path: bytes, info: os.stat_result, depth: int) -> None:
         """A directory in another one."""
-        if (info.st_dev, info.st_ino) in self.own:
+        ident = (info.st_dev, info.st_ino)
+        if ident in self.own or (ident in self.moved and name == os.fsencode(paths.CONFIG_DIR)):
             self.skipped["nixbox's own"] += 1
             return
         try:
@@ -208,14 +210,17 @@ def changed(path: bytes, how: str) -> NixboxError:
     )
 
 
-def _own() -> frozenset[tuple[int, int]]:
-    """Directories of nixbox's, which no guest is given (device and inode)."""
-    found = set(paths.known().workspaces.values())
+def _own() -> tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]:
+    """Directories of nixbox's, which no guest is given (device and inode), and configs that are not where they were.
+
+    Of the latter the number alone says little: once a directory is removed, a file system gives it to the next one.
+    """
+    found = set()
     for directory in paths.own_directories():
         with contextlib.suppress(OSError):  # not every one is there
             info = directory.stat()
             found.add((info.st_dev, info.st_ino))
-    return frozenset(found)
+    return frozenset(found), frozenset(set(paths.known().workspaces.values()) - found)
 
 
 def scan(source: Path, name: bytes, exclude: Sequence[str] = ()) -> Listing:
@@ -225,7 +230,7 @@ def scan(source: Path, name: bytes, exclude: Sequence[str] = ()) -> Listing:
     missing, with every path (the first ten) that is unreadable, and for one that changes meanwhile.
     """
     where = inside.real(source)
-    walk = _Walk(name, excluder(exclude), _own())
+    walk = _Walk(name, excluder(exclude), *_own())
     try:
         base = where if where.is_dir() else where.parent
         with inside.closing(inside.open_real(base)) as fd:

@@ -315,6 +315,29 @@ def test_nixboxs_own_directories_are_left_out(tmp_path: Path) -> None:
     assert found.skipped == {"nixbox's own": 1}
 
 
+def test_a_directory_that_got_the_inode_of_a_removed_workspace_is_copied(tmp_path: Path) -> None:
+    """A file system gives the number of what was removed to the next one: a cache lost whole directories by that."""
+    workspace, cache = tmp_path / "workspace", tmp_path / "cache"
+    (workspace / ".nixbox").mkdir(parents=True)
+    cache.mkdir()
+    paths.remember(workspace)
+    # The very directory, under the name that the next one with its number could have.
+    (workspace / ".nixbox").rename(cache / "1.23.0")
+    (cache / "1.23.0" / "a.jar").touch()
+    workspace.rmdir()
+    found = listing.scan(cache, b"n")
+    assert ([entry.name for entry in found.files], found.skipped) == ([b"n/1.23.0/a.jar"], {})
+
+
+def test_a_workspace_that_was_moved_keeps_its_own_to_itself(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    (workspace / ".nixbox").mkdir(parents=True)
+    paths.remember(workspace)
+    workspace.rename(tmp_path / "elsewhere")
+    found = listing.scan(tmp_path, b"n")
+    assert (found.files, found.skipped) == ((), {"nixbox's own": 1})
+
+
 def test_a_cache_is_copied_without_nixboxs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (paths.cache_dir() / "templates").mkdir(parents=True)

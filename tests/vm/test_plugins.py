@@ -362,7 +362,7 @@ def test_domains_are_in_the_policy(box: Workspace) -> None:
 
 
 def seeded_state(box: Workspace, *differ: Iterable[str]) -> str:
-    """What the guest knows of its seeds, for a test that found others: seen now and then, and not explained."""
+    """What the guest knows of its seeds, for a test that found others."""
     script = """
     cd; date; df -h . /; grep -E '^Mem|^Cached' /proc/meminfo
     cd .local/state/nixbox/seeds; ls -la --time-style=full-iso; head -n 7 [0-9a-f]*[0-9a-f]
