@@ -101,6 +101,7 @@ class Bare:
             user=self.user,
             image=str(image),
             grow=False,
+            sidecars=0,
             machine_id=os.urandom(16).hex(),
             time_s=int(time.time()),
             address=f"{policy.GUEST}/{policy.PREFIX}",

@@ -57,13 +57,16 @@ def _run(box: Box, argv: list[str], **more: str) -> Done:
 
 def smolmachines(box: Box, directory: Path, vcpus: int, memory_mib: int) -> tuple[float, float]:
     """Seconds to its first command's exit: from the start of Python, and from the call that makes the machine."""
-    _run(
-        box, ["sh", "-euc", "mkdir -p /tmp/peer; chmod 0666 /dev/kvm"]
-    )  # as udev has it: it is not root that opens it
-    program = [sys.executable, "-I", "-S", "-c", _SMOL, str(directory / "packages"), str(directory / "root")]
-    # It does not always find what lies beside it.
-    libraries = str(directory / "packages" / "smol")
-    whole, start = json.loads(_run(box, [*program, str(vcpus), str(memory_mib)], SMOLVM_LIB_DIR=libraries).stdout)
+    # Each of its machines is another user's, who has to open /dev/kvm (as udev lets everybody) and its libraries: not
+    # below a directory that is this user's alone.
+    there = """chmod 0666 /dev/kvm
+    for name in packages root; do
+      mkdir -p /tmp/peer/$name
+      mountpoint -q /tmp/peer/$name || mount --bind "$0/$name" /tmp/peer/$name
+    done"""
+    _run(box, ["sh", "-euc", there, str(directory)])
+    program = [sys.executable, "-I", "-S", "-c", _SMOL, "/tmp/peer/packages", "/tmp/peer/root"]
+    whole, start = json.loads(_run(box, [*program, str(vcpus), str(memory_mib)]).stdout)
     return whole, start
 
 

@@ -1,18 +1,19 @@
-# An image from a lock: kernel, initrd, read-only root, image.json; libkrun's kernel and first root if the lock has it.
+# An image from a lock: kernel, initrd, read-only root, sidecars, image.json; libkrun's kernel and first root if the lock has it.
 #
 #   lock          the parsed nixbox.lock
 #   mirrors       where each repository of the lock is fetched from, e.g. { debian = "http://…/debian"; }
 #   build         [ { origin = "profile dev"; script = "…"; } ]: run in the image build, as root of the image
 #   buildNetwork  true: the build scripts may use the network, and the image is marked as not reproducible
+#   sidecar       [ "/opt/jdk" ]: paths that packages and build scripts made, which go to an image of their own
 #
 # Returns { image; inputs; }: the image, and everything that a rebuild needs.
-{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false }:
+{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false, sidecar ? [ ] }:
 let
   systems = { amd64 = "x86_64-linux"; arm64 = "aarch64-linux"; };
   system = systems.${lock.arch} or (throw "nixbox: no image for the architecture ${lock.arch}");
   bases = { debian = ./bases/debian; };
   base = import (bases.${lock.base} or (throw "nixbox: no base named ${lock.base}")) {
-    inherit lock mirrors system build buildNetwork;
+    inherit lock mirrors system build buildNetwork sidecar;
     guest = ./guest;
   };
   imageJson = builtins.toJSON ({
@@ -31,7 +32,7 @@ in
   image = base.runBusybox {
     name = "nixbox-image";
     inherit imageJson; # not `meta`: newer Nix wants a set there
-    inherit (base) kernel initrd rootImage;
+    inherit (base) kernel initrd rootImage sidecars;
     host = base.hostTools;
     krunKernel = base.krun.kernel or null;
     krunBoot = base.krun.boot or null;
@@ -41,6 +42,12 @@ in
     ln -s $kernel/vmlinux $kernel/bzImage $kernel/release $out/
     ln -s $initrd $out/initrd
     ln -s $rootImage $out/root.img
+    n=0
+    for file in $sidecars; do
+      mkdir -p $out/sidecars
+      ln -s $file $out/sidecars/$n
+      n=$((n + 1))
+    done
     [ -z "$host" ] || ln -s $host $out/host # what the host runs for a machine
     [ -z "$krunKernel" ] || { # for machines on libkrun
       mkdir $out/krun

@@ -128,6 +128,25 @@ def _check_target(value: str) -> str:
     return value
 
 
+# What a guest starts with, and what its file systems are put on: as a whole these have to be in the root image.
+_ROOT_ONLY = frozenset(
+    f"/{name}"
+    for name in (
+        *("", "boot", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var", "var/lib"),
+        *(above + name for above in ("", "usr/") for name in ("bin", "lib", "lib64", "sbin")),
+    )
+)
+
+
+def _check_sidecar(value: str) -> str:
+    if value in _ROOT_ONLY:
+        raise ValueError(f"{shown(value)} is needed to start a guest: name what is heavy below it")
+    # No pattern of a shell's or of unsquashfs'.
+    if not re.fullmatch(r"(/[A-Za-z0-9._+@%:~-]+)+", value) or {".", ".."} & set(value.split("/")):
+        raise ValueError(f"{shown(value)} is not a path in the image: write it whole and plain, such as `/opt/jdk`")
+    return value
+
+
 def is_plugin_path(value: str) -> bool:
     """Whether a plugin is meant by its directory, not by its name."""
     return value.startswith(("./", "../", "/", "~"))
@@ -212,6 +231,7 @@ Script = Annotated[str, NoNul]
 EnvName = Annotated[str, AfterValidator(_check_env_name)]
 HostPath = Annotated[str, AfterValidator(_check_host_path)]
 GuestPath = Annotated[HostPath, AfterValidator(_check_target)]
+SidecarPath = Annotated[str, AfterValidator(_check_sidecar)]
 Domain = Annotated[str, AfterValidator(_check_domain)]
 Port = Annotated[int, between(1, 65535)]
 PluginRef = Annotated[str, AfterValidator(_check_plugin)]

@@ -341,9 +341,9 @@ def _unserved(named: Iterable[tuple[str, Profile | Plugin | Config]], base: str)
     """Who names packages for the other base only, and which."""
     found = []
     for origin, model in named:
-        table = model.packages
-        if isinstance(table, schema.PackageTable) and not getattr(table, base):
-            found += [(origin, name) for other in schema.BASES if other != base for name in getattr(table, other)]
+        for table in (model.packages, getattr(model, "sidecar_packages", None)):
+            if isinstance(table, schema.PackageTable) and not getattr(table, base):
+                found += [(origin, name) for other in schema.BASES if other != base for name in getattr(table, other)]
     return tuple(found)
 
 
@@ -359,8 +359,8 @@ def _layer(
     tree = model.model_dump(by_alias=True, exclude_unset=not defaults)
     tree.pop("description", None)
     tree.pop("commands", None)
-    if "packages" in tree:
-        tree["packages"] = schema.packages_for(tree["packages"], base)
+    for field in {"packages", "sidecar_packages"} & tree.keys():
+        tree[field] = schema.packages_for(tree[field], base)
     if "build" in tree:
         tree["build"] = [tree["build"]]
     if "disk" in tree:  # a profile's; it stands where the user's own would
@@ -383,7 +383,7 @@ def _layer(
 def _defaults(workspace: Path, config: Config) -> dict[str, Any]:
     layer = _layer(Config(), "debian", defaults=True)
     layer |= {"name": default_name(workspace), "build": [], "build_network": False, "setup": None, "setup_env": False}
-    layer["requires_env"] = []
+    layer |= {"requires_env": [], "sidecar": [], "sidecar_packages": []}
     if "mounts" in config.model_fields_set:
         layer["mounts"] = []  # the user's own list replaces the default one: it could not be taken away else
     return layer
@@ -401,6 +401,8 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         packages=tuple(values["packages"]),
         build=with_origin("build"),
         build_network=values["build_network"],
+        sidecar=tuple(values["sidecar"]),
+        sidecar_packages=tuple(values["sidecar_packages"]),
         setup=values["setup"],
         setup_env=values["setup_env"],
         vcpus=values["resources.vcpus"],

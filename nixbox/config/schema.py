@@ -33,6 +33,7 @@ from nixbox.config.fields import (
     Port,
     Program,
     Script,
+    SidecarPath,
     Size,
     Suite,
     between,
@@ -193,12 +194,17 @@ class ProfileDisk(_Model):
 
 
 class Profile(_Model):
-    """`profiles/NAME.toml`: what is baked into the image and what runs once on a fresh machine."""
+    """`profiles/NAME.toml`: what is baked into the image and what runs once on a fresh machine.
+
+    `sidecar` (paths of the image) and `sidecar_packages` lie in images of their own, beside the root image.
+    """
 
     description: str = ""
     packages: Packages = []
     build: Script | None = None
     build_network: bool = False
+    sidecar: list[SidecarPath] = []
+    sidecar_packages: Packages = []
     setup: Script | None = None
     setup_env: bool = False
     disk: ProfileDisk | None = None

@@ -123,6 +123,8 @@ class Settings:
     packages: tuple[str, ...]  # for `base` only
     build: tuple[tuple[str, str], ...]
     build_network: bool
+    sidecar: tuple[str, ...]  # paths of the image that lie in an image of their own
+    sidecar_packages: tuple[str, ...]  # for `base` only, likewise
     setup: str | None
     setup_env: bool
     vcpus: int

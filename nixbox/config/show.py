@@ -27,6 +27,8 @@ def _tree(settings: Settings) -> dict[str, Any]:
         "packages": list(settings.packages),
         "build": [script for _, script in settings.build],
         "build_network": settings.build_network,
+        "sidecar": list(settings.sidecar),
+        "sidecar_packages": list(settings.sidecar_packages),
         "setup": settings.setup,
         "setup_env": settings.setup_env,
         "scripts": [script for _, script in settings.scripts],

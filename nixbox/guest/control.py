@@ -40,7 +40,8 @@ class Go:
     """All that is individual to a machine; none of it is in an image or a template.
 
     `how` says where the guest stands and `restored` whether it was saved before, so that its random numbers must be
-    renewed. `image` is the image's store path, `grow` says that the overlay disk is larger than its file system.
+    renewed. `image` is the image's store path, `grow` says that the overlay disk is larger than its file system, and
+    `sidecars` how many disks there are beside it and the root.
     `host_key` is OpenSSH's private key file and `dropbear_key` the same in dropbear's format. `env` maps names to
     values (any bytes but NUL, as surrogate-escaped text), `files` guest paths to contents that are put in place where
     nothing is yet.
@@ -52,6 +53,7 @@ class Go:
     user: str
     image: str
     grow: bool
+    sidecars: int
     machine_id: str
     time_s: int
     address: str
@@ -76,6 +78,7 @@ class Go:
             "user": self.user,
             "image": self.image,
             "grow": "1" if self.grow else "0",
+            "sidecars": str(self.sidecars),
             "machine_id": self.machine_id,
             "time": str(self.time_s),
             "address": self.address,

@@ -41,6 +41,15 @@ class Image:
         return store.physical(self.path / name)
 
     @property
+    def sidecars(self) -> tuple[Path, ...]:
+        """Its further disks, if it has any: each one's files cover those of the ones before, and the root's."""
+        try:
+            links = list(self.file("sidecars").iterdir())
+        except FileNotFoundError:
+            return ()
+        return tuple(self.file(f"sidecars/{number}") for number in range(len(links)))
+
+    @property
     def meta(self) -> dict[str, Any]:
         """The parsed `image.json`."""
         data: dict[str, Any] = json.loads(self.file("image.json").read_text())
@@ -54,6 +63,8 @@ def expression(spec: ImageSpec, lock_file: Path, mirrors: Mapping[str, str]) -> 
     if spec.build:
         arguments["build"] = [{"origin": s.origin, "script": s.text} for s in spec.build]
         arguments["buildNetwork"] = spec.build_network
+    if spec.sidecar:
+        arguments["sidecar"] = list(spec.sidecar)
     image = nixexpr.Call("import", paths.nix_dir() / "image.nix")
     return nixexpr.render(nixexpr.Call(image, arguments)) + "\n"
 
@@ -71,7 +82,8 @@ def key(spec: ImageSpec, lock_text: str) -> str:
             digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
-    digest.update(json.dumps([lockfile.image_part(lock_text), scripts, spec.build_network]).encode())
+    said = [lockfile.image_part(lock_text), scripts, spec.build_network, *spec.sidecar]
+    digest.update(json.dumps(said).encode())
     return digest.hexdigest()[:32]
 
 
@@ -162,7 +174,7 @@ def _relevant(lines: list[str]) -> tuple[list[str], str | None]:
     `nixbox: the build of TITLE failed …`; what comes later is only cleaning up.
     """
     marks = [i for i, line in enumerate(lines) if line.startswith("nixbox: ")]
-    reasons = [i for i in marks if "failed with exit code" in lines[i] or "forbids" in lines[i]]
+    reasons = [i for i in marks if not lines[i].startswith(("nixbox: build of ", "nixbox: the image step failed "))]
     if not reasons:
         return [line for i, line in enumerate(lines) if i not in marks], None
     end = reasons[-1]

@@ -31,17 +31,19 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
         if lockfile.only_pins(data):
             return "there is no lock yet"
         suite, requested, base = data["suite"], sorted(data["requested"]), set(data["base_requested"])
-        tools = {tool["name"] for tool in data["tools"]}
+        tools, beside = {tool["name"] for tool in data["tools"]}, sorted(data.get("sidecar_requested", ()))
     except FileNotFoundError:
         return "there is no lock yet"
     except (ValueError, KeyError, TypeError):
         return None
     if suite != spec.suite:
         return f"the lock is for {suite}, the config says {spec.suite}"
-    wanted = sorted(spec.packages)
-    if requested != wanted:
-        new, gone = sorted(set(wanted) - set(requested)), sorted(set(requested) - set(wanted))
-        return "; ".join(f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names)
+    wanted = [*spec.packages, *spec.sidecar_packages]
+    if requested != sorted(spec.packages) or beside != sorted(spec.sidecar_packages):
+        had = {*requested, *beside}
+        new, gone = sorted({*wanted} - had), sorted(had - {*wanted})
+        said = [f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names]
+        return "; ".join(said) or "packages went to the sidecar, or came from it"
     if not base >= _GUEST_NEEDS or "erofs-utils" not in tools or "host" not in data:
         return "the lock was made by an older nixbox"
     if spec.krun and data.get("krun") is None:
@@ -83,7 +85,9 @@ def relock(
         library = krunfw.locate(libkrun) if kernel else krunfw.find(libkrun)
         kernel = krunfw.inspect(library) if library else kernel
     mirrors = apt.mirrors(mirror, security)
-    new = resolve.resolve(spec.packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    new = resolve.resolve(
+        spec.packages, spec.sidecar_packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase
+    )
     new = new.model_copy(update={"krun": kernel})
     with suppress(ConfigError):  # pins that cannot be read are resolved anew
         new = new.model_copy(update={"plugins": tuple(lockfile.pins(path).values())})

@@ -87,13 +87,16 @@ class Lock(_Strict):
     tools: tuple[LockedPackage, ...]
     base_packages: tuple[LockedPackage, ...]
     packages: tuple[LockedPackage, ...]
+    sidecar_requested: tuple[str, ...] = ()
+    sidecar_packages: tuple[LockedPackage, ...] = ()  # what they need beside base_packages and packages
     host: tuple[LockedPackage, ...] = ()  # what the host runs for a machine: virtiofsd
     krun: KrunKernel | None = None  # where the config asks for libkrun
     plugins: tuple[Annotated[Pin, BeforeValidator(lockfile.pin)], ...] = ()  # from GitHub; no part of the image
 
     def all_packages(self) -> list[LockedPackage]:
         """Every .deb of the lock, each once, sorted by file."""
-        every = (self.bootstrap.package, self.kernel, *self.tools, *self.base_packages, *self.packages, *self.host)
+        ours = (*self.base_packages, *self.packages, *self.sidecar_packages)
+        every = (self.bootstrap.package, self.kernel, *self.tools, *ours, *self.host)
         return [found for _, found in sorted({p.path: p for p in every}.items())]
 
 
@@ -119,7 +122,8 @@ def parse(text: str, path: Path) -> Lock:
 
 def dump(lock: Lock) -> str:
     """The lock as text: one package or plugin a line, keys in a fixed order; what most locks lack only if there."""
-    data = lock.model_dump(exclude={"plugins"} if lock.krun else {"plugins", "krun"})
+    seldom = {name for name in ("krun", "sidecar_requested", "sidecar_packages") if not getattr(lock, name)}
+    data = lock.model_dump(exclude={"plugins", *seldom})
     if lock.plugins:
         data["plugins"] = [pin.row for pin in lock.plugins]
     return lockfile.render(data)
@@ -154,7 +158,8 @@ def changes(old: Lock | None, new: Lock) -> Changes:
     """What a new lock changes in the image (not in the build's tools)."""
 
     def versions(lock: Lock) -> dict[str, str]:
-        found = {p.name: p.version for p in (*lock.base_packages, *lock.packages, lock.kernel)}
+        every = (*lock.base_packages, *lock.packages, *lock.sidecar_packages, lock.kernel)
+        found = {p.name: p.version for p in every}
         if krun := lock.krun:
             # Of one release there may be many builds.
             found["libkrun's kernel"] = f"{krun.release} ({krun.origin}, {krun.sha256[:8]})"

@@ -56,12 +56,13 @@ def default_arch() -> Arch:
 
 def resolve(
     requested: Sequence[str],
+    sidecar: Sequence[str] = (),
     *,
     suite: str,
     mirrors: apt.Mirrors,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Lock:
-    """Resolve a package set with apt's own resolver against the mirror's signed metadata.
+    """Resolve a package set with apt's own resolver against the mirror's signed metadata; the sidecar's on top of it.
 
     Raises UnknownPackagesError, ConfigError or NixboxError; nothing is written but the cache.
     """
@@ -69,16 +70,19 @@ def resolve(
     with apt.open_root(suite, arch, mirrors) as root:
         progress(f"reading Debian {suite}'s package lists")
         root.update()
-        root.check_known(requested)
+        root.check_known([*requested, *sidecar])
         progress("resolving packages")
         tools = root.resolve(TOOLS_REQUEST)
         base = root.resolve(BASE_REQUEST)
         host = root.resolve(HOST_REQUEST) if root.has(HOST_REQUEST) else []
-        extra: list[LockedPackage] = []
-        if requested:
-            status = root.directory / "base.status"
-            root.write_status(base, status)
-            extra = root.resolve(requested, installed=status)
+
+        def on_top(names: Sequence[str], below: Sequence[LockedPackage]) -> list[LockedPackage]:
+            status = root.directory / "below.status"
+            root.write_status(below, status)
+            return root.resolve(names, installed=status) if names else []
+
+        extra = on_top(requested, base)
+        beside = on_top(sidecar, [*base, *extra])
         kernel = root.exact([root.first_dependency(f"linux-image-cloud-{arch}")])[0]
         busybox = root.exact(["busybox-static"])[0]
     progress("fetching the bootstrap busybox")
@@ -94,5 +98,7 @@ def resolve(
         tools=tuple(tools),
         base_packages=tuple(base),
         packages=tuple(extra),
+        sidecar_requested=tuple(sidecar),
+        sidecar_packages=tuple(beside),
         host=tuple(host),
     )

@@ -50,7 +50,8 @@ class VmSpec:
     `memory_file` None: anonymous memory. `incoming`: it waits for the state of a saved VM instead of booting.
     `bound`: it ends when the process that started it does. `return_memory`: what the guest frees goes back to the
     host, which makes holes in a memory file. For a backend that cannot plug directories in later, `slots` is how many
-    of them the machine has devices for, and `shares` what is behind the first of those.
+    of them the machine has devices for, and `shares` what is behind the first of those. `sidecars` are further
+    read-only disks, whose files cover each other's and the root's in their order.
     """
 
     name: str
@@ -67,8 +68,15 @@ class VmSpec:
     incoming: bool = False
     bound: bool = False
     return_memory: bool = False
+    sidecars: tuple[Path, ...] = ()
     slots: int = 0
     shares: tuple[Share, ...] = ()
+
+
+def disks(spec: VmSpec) -> list[tuple[str, Path, bool]]:
+    """A machine's disks in their order: the name (serial number) by which the guest knows it, the file, read-only."""
+    sidecars = [(f"sidecar{number}", path, True) for number, path in enumerate(spec.sidecars)]
+    return [("root", spec.root, True), ("overlay", spec.overlay, False), *sidecars]
 
 
 def slot_tag(number: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from nixbox import linux, run
 from nixbox.errors import HostError, NixboxError, TimeoutExpired
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, listening
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, disks, listening
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT
@@ -96,7 +96,7 @@ def vm_config(spec: VmSpec, serial: Path) -> dict[str, Any]:
         "cpus": {"boot_vcpus": spec.vcpus, "max_vcpus": spec.vcpus},
         "memory": _memory(spec),
         "payload": {"kernel": str(spec.kernel), "initramfs": str(spec.initrd), "cmdline": " ".join(_KERNEL_ARGS)},
-        "disks": [_disk("root", spec.root, readonly=True), _disk("overlay", spec.overlay, readonly=False)],
+        "disks": [_disk(name, path, readonly=readonly) for name, path, readonly in disks(spec)],
         "rng": {"src": "/dev/urandom"},
         "serial": {"mode": "Socket", "socket": str(serial)},
         "console": {"mode": "File", "file": str(spec.console_log)},

@@ -25,7 +25,7 @@ from typing import Any
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import libkrun
-from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, slot_tag
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, disks, slot_tag
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU
 
@@ -44,7 +44,7 @@ KERNEL_ARGS = (
     "no-kvmapf",
     # For nix/guest: disks have no serial numbers here, the card no MTU, sessions come over the network, and no device
     # tells that a saved guest goes on somewhere else.
-    "nixbox.disks=vda,vdb",
+    "nixbox.disks=vda,vdb,vdc,vdd",
     f"nixbox.mtu={NETWORK_MTU}",
     "nixbox.shell=net",
     "nixbox.off=reboot",
@@ -101,7 +101,8 @@ class Krun:
 
     def shape(self, spec: VmSpec) -> list[str]:
         """What the guest's devices are: their number, and the size of its disk, which the guest asks only once."""
-        return [f"disk={spec.disk_mib}", f"directories={spec.slots}", *KERNEL_ARGS]
+        sidecars = [f"sidecar={path}" for path in spec.sidecars]
+        return [f"disk={spec.disk_mib}", *sidecars, f"directories={spec.slots}", *KERNEL_ARGS]
 
     def start(
         self,
@@ -202,11 +203,11 @@ def check(spec: VmSpec) -> None:
         raise NixboxError(f"{spec.kernel} is no kernel for this machine (ELF, x86-64)", hint="`nixbox lock` anew")
     if not (spec.initrd / "init").is_file():
         raise NixboxError(f"the image has no {spec.initrd}/init to boot", hint="`nixbox build` makes it anew")
-    for path in (spec.root, spec.overlay):
-        mend = "restore it, or `nixbox rm` the machine" if path == spec.overlay else "`nixbox build` makes it anew"
+    for _, path, readonly in disks(spec):
+        mend = "`nixbox build` makes it anew" if readonly else "restore it, or `nixbox rm` the machine"
         try:
             size = path.stat().st_size
-            os.close(os.open(path, os.O_RDONLY if path == spec.root else os.O_RDWR))
+            os.close(os.open(path, os.O_RDONLY if readonly else os.O_RDWR))
         except OSError as error:
             raise NixboxError(f"the disk {path} cannot be opened: {error.strerror}", hint=mend) from None
         if size == 0 or size % 512:
@@ -229,10 +230,7 @@ def _settings(spec: VmSpec) -> dict[str, Any]:
         "kernel": str(spec.kernel),
         "boot": str(spec.initrd),
         "cmdline": " ".join(KERNEL_ARGS),
-        "disks": [
-            {"id": "root", "path": str(spec.root), "readonly": True},
-            {"id": "overlay", "path": str(spec.overlay), "readonly": False},
-        ],
+        "disks": [{"id": name, "path": str(path), "readonly": readonly} for name, path, readonly in disks(spec)],
         "vcpus": spec.vcpus,
         "memory_mib": spec.memory_mib,
         "console_log": str(spec.console_log),

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nixbox.machine.backend import VmSpec
+from nixbox.machine.backend import VmSpec, disks
 from nixbox.plan.network import NETWORK_MTU
 
 MOUNTS_BUS = "mounts"
@@ -111,8 +111,7 @@ def argv(spec: VmSpec, fds: Fds, *, sandbox: bool) -> list[str]:
         *("-device", "virtserialport,chardev=control,name=nixbox.control"),
         *("-chardev", f"socket,id=shell,fd={fds.shell},server=on,wait=off"),
         *("-device", "virtserialport,chardev=shell,name=nixbox.shell"),
-        *_disk("root", spec.root, readonly=True),
-        *_disk("overlay", spec.overlay, readonly=False),
+        *(word for name, path, readonly in disks(spec) for word in _disk(name, path, readonly=readonly)),
         *("-netdev", f"tap,id=net,fd={fds.tap}"),
         *("-device", f"virtio-net-pci,netdev=net,host_mtu={NETWORK_MTU},romfile="),
         *("-object", "rng-builtin,id=rng"),

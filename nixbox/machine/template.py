@@ -35,11 +35,12 @@ MANIFEST = "template.json"
 class Key:
     """Everything that a saved guest depends on; a machine that differs in any of it cannot use the template.
 
-    `root` tells the root image's file from another one at the same store path (a build that used the network can have
-    another result the next time); `hypervisor` is its name and version, `cpu` the host's model and features where the
-    guest sees them, `devices` the hypervisor's command line without what is one machine's own. For stage `boot` the
-    rest is None: no disk has been looked at. For `ready`, `user` is the guest's user, `setup` the hash of the setup
-    that ran (None: none did), `files` that of the files which the base wants on a new disk.
+    `root` tells the files of the root image and of the sidecars from others at the same store paths (a build that
+    used the network can have another result the next time); `hypervisor` is its name and version, `cpu` the host's
+    model and features where the guest sees them, `devices` the hypervisor's command line without what is one
+    machine's own. For stage `boot` the rest is None: no disk has been looked at. For `ready`, `user` is the guest's
+    user, `setup` the hash of the setup that ran (None: none did), `files` that of the files which the base wants on
+    a new disk.
     """
 
     stage: Stage

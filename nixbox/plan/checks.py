@@ -31,6 +31,9 @@ def check(loaded: Loaded, backend: BackendName = "qemu") -> None:
             of = [loaded.origins[f"network.{field}[{i}]"] for i in range(len(getattr(settings, field)))]
             if not all(origin.startswith("plugin ") for origin in of):  # a plugin's are for whoever filters
                 refuse(f"network.{field}", f'only mode = "filtered" has any; the mode is "{settings.network_mode}"')
+    for i, name in enumerate(settings.sidecar_packages):
+        if name in settings.packages:
+            refuse(f"sidecar_packages[{i}]", f"{name} is in packages as well: it can be in one of the two")
     hosts = [port.host for port in settings.published]
     for i, port in enumerate(hosts):
         if port in hosts[:i]:

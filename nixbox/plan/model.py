@@ -23,7 +23,10 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """Everything that changes the image, and nothing else. `krun`: it must hold libkrun's kernel too."""
+    """Everything that changes the image, and nothing else. `krun`: it must hold libkrun's kernel too.
+
+    `sidecar`: paths of the image that lie in an image of their own, as `sidecar_packages` do.
+    """
 
     base: str
     suite: str
@@ -31,6 +34,8 @@ class ImageSpec:
     build: tuple[Script, ...]
     build_network: bool
     krun: bool = False
+    sidecar: tuple[str, ...] = ()
+    sidecar_packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ def resolve(loaded: Loaded, machine: str | None = None, backend: BackendName = "
         build=tuple(Script(origin, text) for origin, text in settings.build),
         build_network=settings.build_network,
         krun=backend == "krun",
+        sidecar=settings.sidecar,
+        sidecar_packages=settings.sidecar_packages,
     )
     spec = MachineSpec(
         name=machine or settings.name,

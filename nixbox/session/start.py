@@ -137,6 +137,7 @@ class Start:
             return_memory=self.record.return_memory,
             slots=0 if self.backend.features.hot_plug else len(mounts),
             shares=tuple(self.shares.given),
+            sidecars=self.image.sidecars,
         )
 
     def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
@@ -285,6 +286,7 @@ class Start:
             user=record.user,
             image=record.image,
             grow=overlay.filesystem_mib(machine.overlay) < overlay.size_mib(machine.overlay),
+            sidecars=len(self.image.sidecars),
             machine_id=record.machine_id,
             time_s=int(time.time()),
             address=f"{policy.GUEST}/{policy.PREFIX}",

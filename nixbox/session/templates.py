@@ -69,7 +69,7 @@ class Templates:
             cpu=template.host_cpu(record.accelerator),
             vcpus=record.vcpus,
             memory_mib=record.memory_mib,
-            root=_identity(start.image.file("root.img")),
+            root=", ".join(map(_identity, (start.image.file("root.img"), *start.image.sidecars))),
             devices=tuple(start.backend.shape(start.spec())),
             user=record.user if ready else None,
             setup=setup_hash(spec.setup) if ready and shared and spec.setup is not None else None,

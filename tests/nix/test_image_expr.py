@@ -112,6 +112,10 @@ OTHER = {
     "build order": Variation(replace(SPEC, build=(*BUILD, Script("plugin a", "a")))),
     "build reordered": Variation(replace(SPEC, build=(Script("plugin a", "a"), *BUILD))),
     "build_network": Variation(replace(SPEC, build=BUILD, build_network=True)),
+    "sidecar": Variation(replace(SPEC, sidecar=("/opt/jdk",))),
+    "sidecars": Variation(replace(SPEC, sidecar=("/opt/jdk", "/srv"))),
+    "sidecar's packages": Variation(lock=a_lock(sidecar_requested=("jq",), sidecar_packages=JQ)),
+    "sidecar's version": Variation(lock=a_lock(sidecar_requested=("jq",), sidecar_packages=(package("jq", "1.1"),))),
     "libkrun": Variation(lock=a_lock(krun=a_kernel())),
     "libkrun's kernel": Variation(lock=a_lock(krun=a_kernel("6.19"))),
     "bits of libkrun's kernel": Variation(lock=a_lock(krun=a_kernel(sha256="2" * 64))),
@@ -204,6 +208,16 @@ def test_what_changes_the_image(what: str, outs: dict[str, str]) -> None:
 
 def test_each_change_is_another_image(outs: dict[str, str]) -> None:
     assert len({outs[what] for what in ("base", *OTHER)}) == 1 + len(OTHER)
+
+
+def test_a_sidecar_of_packages_changes_alone(evaluate: Evaluate) -> None:
+    some = ("base", "sidecar", "sidecars", "sidecar's packages", "sidecar's version", "build")
+    chosen = {what: EVERY[what] for what in some}
+    roots, sidecars = evaluate(chosen, "image.rootImage.outPath"), evaluate(chosen, "image.sidecars")
+    assert roots["base"] == roots["sidecar's packages"] == roots["sidecar's version"]
+    assert len({roots[what] for what in ("base", "sidecar", "sidecars", "build")}) == 4
+    assert [len(sidecars[what]) for what in some] == [0, 1, 1, 1, 1, 0]
+    assert len({str(sidecars[what]) for what in some}) == 5
 
 
 @pytest.mark.parametrize("what", SAME)

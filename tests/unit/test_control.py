@@ -46,6 +46,7 @@ def message(**changes: object) -> Go:
         "user": "dev",
         "image": "/nix/store/image",
         "grow": False,
+        "sidecars": 0,
         "machine_id": "0" * 32,
         "time_s": 1_700_000_000,
         "address": "10.0.2.15/24",
@@ -80,15 +81,15 @@ put() { printf '%s\\000%s\\000' "$1" "$2" >>files; }
 : >files
 eval "$payload" || exit 9
 first_files
-for value in "$how" "$restored" "$hostname" "$user" "$image" "$grow" "$machine_id" "$time" "$address" "$gateway" \
-  "$dns" "$entropy" "$host_key" "$authorized_key"; do
+for value in "$how" "$restored" "$hostname" "$user" "$image" "$grow" "$sidecars" "$machine_id" "$time" "$address" \
+  "$gateway" "$dns" "$entropy" "$host_key" "$authorized_key"; do
   printf '%s\\000' "$value"
 done >vars
 printf '%b' "$dropbear_key" >key
 printf '%s' "$env" >env
 """
 NAMES = (
-    *("how", "restored", "hostname", "user", "image", "grow", "machine_id", "time", "address", "gateway"),
+    *("how", "restored", "hostname", "user", "image", "grow", "sidecars", "machine_id", "time", "address", "gateway"),
     *("dns", "entropy", "host_key", "authorized_key"),
 )
 
@@ -138,7 +139,9 @@ shells = pytest.mark.parametrize("shell", SHELLS, ids=lambda argv: argv[0])
 @pytest.mark.parametrize("reader", [READ_LINES, READ_ALL], ids=["lines", "whole"])
 def test_the_guest_takes_on_what_the_host_said(tmp_path: Path, shell: list[str], reader: str) -> None:
     nasty = 'a\'b $(touch pwned) `touch pwned` \\ "${x}"\n;touch pwned'
-    found = take(message(how="hold", restored=True, grow=True, hostname=nasty, user="x y"), tmp_path, shell, reader)
+    found = take(
+        message(how="hold", restored=True, grow=True, sidecars=2, hostname=nasty, user="x y"), tmp_path, shell, reader
+    )
     entropy = found.vars.pop("entropy")
     assert len(bytes.fromhex(entropy.decode())) == 32
     assert {name: value.decode() for name, value in found.vars.items()} == {
@@ -148,6 +151,7 @@ def test_the_guest_takes_on_what_the_host_said(tmp_path: Path, shell: list[str],
         "user": "x y",
         "image": "/nix/store/image",
         "grow": "1",
+        "sidecars": "2",
         "machine_id": "0" * 32,
         "time": "1700000000",
         "address": "10.0.2.15/24",

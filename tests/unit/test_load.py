@@ -104,6 +104,18 @@ def test_layers_are_merged_in_order(full: Loaded) -> None:
     assert [p.name for p in full.files] == ["config.toml", "plugin.toml", "plugin.toml", "dev.toml"]
 
 
+def test_a_sidecar_is_of_the_profile_and_for_the_base(ws: Workspace) -> None:
+    ws.write(
+        "my ws/.nixbox/profiles/dev.toml",
+        'sidecar = ["/opt/jdk"]\nsidecar_packages = { debian = ["openjdk-21-jdk"], nixpkgs = ["jdk"] }',
+    )
+    loaded = ws.load('profile = "dev"')
+    assert (loaded.settings.sidecar, loaded.settings.sidecar_packages) == (("/opt/jdk",), ("openjdk-21-jdk",))
+    assert loaded.origins["sidecar[0]"] == loaded.origins["sidecar_packages[0]"] == "profile dev"
+    ws.write("my ws/.nixbox/profiles/dev.toml", 'sidecar_packages = { nixpkgs = ["jdk"] }')
+    assert ws.load('profile = "dev"').unserved == (("profile dev", "jdk"),)
+
+
 def test_origins_name_the_source_of_each_leaf(full: Loaded) -> None:
     origins = full.origins
     assert origins["packages[0]"] == "plugin git"

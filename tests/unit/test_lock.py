@@ -86,6 +86,8 @@ LOCKS = st.builds(
     tools=SETS,
     base_packages=SETS,
     packages=SETS,
+    sidecar_requested=st.lists(st.text(max_size=8), max_size=2).map(tuple),
+    sidecar_packages=SETS,
     krun=st.none() | st.builds(a_kernel, sha256=HEX, origin=st.sampled_from(["libkrunfw", "smolmachines 2.0.0rc1"])),
 )
 
@@ -127,6 +129,16 @@ def test_a_kernel_for_libkrun_is_part_of_the_image_and_stays_when_plugins_are_pi
     assert lock.load(path).krun == a_kernel()
     assert build.key(spec("jq"), text) == build.key(spec("jq"), path.read_text())
     assert build.key(spec("jq"), text) != build.key(spec("jq"), lock.dump(a_lock()))
+
+
+def test_a_sidecar_is_in_a_lock_that_has_one() -> None:
+    assert "sidecar" not in lock.dump(a_lock())
+    value = a_lock(sidecar_requested=("jdk",), sidecar_packages=(package("jdk", "21"),))
+    assert [line[3:20] for line in lock.dump(value).splitlines() if line.startswith('  "s')] == [
+        *('suite": "trixie",', "sidecar_requested", 'sidecar_packages"'),
+    ]
+    assert package("jdk", "21") in value.all_packages()
+    assert lock.changes(a_lock(), value).lines() == ["+ jdk 21"]
 
 
 def test_all_packages_holds_each_file_once() -> None:
@@ -313,6 +325,20 @@ def test_another_suite(tmp_path: Path) -> None:
 def test_other_packages(tmp_path: Path) -> None:
     found = stale(tmp_path, a_lock(requested=("jq", "tree", "vim")), spec("jq", "zsh", "ash"))
     assert found == "new: ash, zsh; gone: tree, vim"
+
+
+def test_other_packages_of_a_sidecar(tmp_path: Path) -> None:
+    wanted = replace(spec("jq"), sidecar_packages=("jdk",))
+    had = a_lock(requested=("jq",), sidecar_requested=("jdk",), sidecar_packages=(package("jdk"),))
+    assert stale(tmp_path, a_lock(requested=("jq",)), wanted) == "new: jdk"
+    for value, asked, why in (
+        (had, wanted, None),
+        (had, spec("jq"), "gone: jdk"),
+        (had, spec("jq", "jdk"), "packages went to the sidecar, or came from it"),
+        (had, replace(wanted, sidecar=("/opt",)), None),
+    ):
+        ensure.lock_path(tmp_path).write_text(lock.dump(value))
+        assert ensure.stale(tmp_path, asked) == why
 
 
 @pytest.mark.parametrize("package_", ["dropbear-bin", "openssh-server", "e2fsprogs"])

@@ -246,6 +246,7 @@ SHARED: dict[str, object] = {
     "initrd": Path("/nix/store/other/initrd"),
     "accelerator": "kvm",
     "return_memory": True,
+    "sidecars": (Path("/nix/store/sidecar.erofs"),),
 }
 
 
@@ -256,6 +257,16 @@ def changed(**fields: object) -> VmSpec:
 def test_every_field_is_a_machines_own_or_shared() -> None:
     assert set(OWN) | set(SHARED) == {field.name for field in dataclasses.fields(VmSpec)}
     assert all(getattr(SPEC, name) != value for name, value in (OWN | SHARED).items())
+
+
+def test_sidecars_are_further_disks_that_nobody_writes() -> None:
+    command = argv(changed(sidecars=(Path("/nix/a"), Path("/nix/b,c"))), FDS, sandbox=False)
+    disks = [json.loads(word) for word in command if word.startswith('{"driver"')]
+    assert [disk["node-name"] for disk in disks] == ["root", "overlay", "sidecar0", "sidecar1"]
+    assert [disk["read-only"] for disk in disks] == [True, False, True, True]
+    assert disks[3]["file"] == {"driver": "file", "filename": "/nix/b,c", "locking": "off"}
+    serials = [word for word in command if word.startswith("virtio-blk-pci")]
+    assert ["serial=sidecar1" in word for word in serials] == [False, False, False, True]
 
 
 def test_two_machines_of_one_template_have_one_shape() -> None:

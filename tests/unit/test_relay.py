@@ -31,6 +31,7 @@ GO = Go(
     user="agent",
     image="/nix/store/image",
     grow=False,
+    sidecars=0,
     machine_id="0" * 32,
     time_s=0,
     address="10.0.2.15/24",

@@ -32,7 +32,9 @@ def _nix(box: Workspace, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
-    workspace.config(CONFIG, 'packages = ["tree"]\nbuild = "date -R -r / > /etc/when; useradd -m builder"\n')
+    build = "date -R -r / > /etc/when; useradd -m builder; mkdir /opt/side; date -R -r / > /opt/side/when"
+    profile = f'packages = ["tree"]\nbuild = "{build}"\nsidecar = ["/opt/side"]\nsidecar_packages = ["jq"]\n'
+    workspace.config(CONFIG, profile)
     path = workspace("build").stdout.strip()
     drv = _nix(workspace, "nix-store", "--query", "--deriver", path).stdout.strip()
     inputs = _nix(workspace, "nix-store", "--query", "--requisites", drv).stdout.split()
@@ -51,6 +53,8 @@ def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
         "nixbox-debian-kernel",
         "nixbox-debian-packages.squashfs",
         "nixbox-debian-root.erofs",
+        "nixbox-debian-sidecar-packages.erofs",
+        "nixbox-debian-sidecar.erofs",
         "nixbox-debian-tools",
         "nixbox-image",
         "nixbox-initrd",

@@ -32,13 +32,17 @@ let
     # What the step itself has put into the root goes again; what a build script made stays.
     export leave='umount -l "$1/dev"; rm -r "$1$L"; rm -f "$1"/var/cache/ldconfig/aux-cache
       rm -f "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap'
-    # Nothing individual and nothing of the build stays: host keys, machine-id, caches, the host's resolver.
-    clean='
+    # Nothing of the build stays: caches, logs.
+    export wash='
       eval "$leave"
-      rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/resolv.conf "$1"/etc/hostname
-      rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/* "$1"/var/cache/apt/*.bin
+      rm -f "$1"/var/cache/apt/*.bin
       rm -f "$1"/var/log/dpkg.log "$1"/var/log/apt/* "$1"/var/log/alternatives.log "$1"/var/log/bootstrap.log
-      rm -rf "$1"/var/cache/debconf/tmp.ci
+      rm -rf "$1"/var/cache/debconf/tmp.ci'
+    # And nothing individual: host keys, machine-id, the host's resolver and package sources.
+    clean='
+      eval "$wash"
+      rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/resolv.conf "$1"/etc/hostname
+      rm -f "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/*
       : > "$1"/etc/machine-id'
     # A failed step takes its mounts away, so that the end of the log is about the failure.
     export unmount='umount -l "$1/dev" "$1/tmp/repo" "$1/tmp/build" 2>/dev/null'
@@ -67,15 +71,17 @@ rec {
       "" - "deb [trusted=yes] copy:///tmp/repo ./" | pack
   '';
 
-  withPackages = if lock.packages == [ ] then base else on {
-    name = "nixbox-debian-packages.squashfs";
-    inherit base;
-    debs = map fetchDeb lock.packages;
+  # Packages on top of what is there, and the hook `after` them; `finish`, which `before` sets up, reads the whole root
+  # as a tar archive.
+  installed = { name, base, packages, requested, before ? "", after, finish }: on {
+    inherit name base;
+    debs = map fetchDeb packages;
     # What was not asked for by name is "auto", so that apt autoremove in the guest knows it.
     auto = builtins.concatStringsSep " "
-      (builtins.filter (name: !(builtins.elem name lock.requested)) (map (p: p.name) lock.packages));
+      (builtins.filter (name: !(builtins.elem name requested)) (map (p: p.name) packages));
     passAsFile = [ "debs" ];
   } ''
+    ${before}
     mm --variant=custom --skip=update,setup,cleanup/apt/lists \
       --setup-hook="$unpack"'; mkdir "$1/tmp/repo"; mount --bind /tmp/repo "$1/tmp/repo"' \
       --setup-hook="$fake" \
@@ -84,9 +90,17 @@ rec {
           -y --no-install-recommends --allow-downgrades install /tmp/repo/*.deb
         [ -z \"$auto\" ] || apt-mark auto $auto" || { eval "$unmount"; exit 1; }' \
       --customize-hook='umount "$1/tmp/repo"; rmdir "$1/tmp/repo"' \
-      --customize-hook="$linked" --customize-hook="$clean" \
-      "" - | pack
+      --customize-hook="$linked" --customize-hook="''$${after}" \
+      "" - | ${finish}
   '';
+
+  withPackages = if lock.packages == [ ] then base else installed {
+    name = "nixbox-debian-packages.squashfs";
+    inherit base;
+    inherit (lock) packages requested;
+    after = "clean";
+    finish = "pack";
+  };
 
   # The scripts of plugins and profile, in order, as root of the image. With `network` Nix's sandbox is off for
   # this one derivation (it asks for `sandbox = relaxed`); the script's root is still the image alone, with the
@@ -130,11 +144,98 @@ rec {
   '';
 
   # No compression that is slow to undo: what a guest reads is read under emulation, too.
-  image = { scripts, network }: on {
+  erofs = "mkfs.erofs -zlz4 --quiet -U 00000000-0000-0000-0000-000000000000 $out";
+
+  # What lies in a sidecar is left out. A path that is not there is found here: the root image is built anyway.
+  image = { tree, sidecar }: on {
     name = "nixbox-debian-root.erofs";
-    root = withBuild { inherit scripts network; };
+    root = tree;
+    inherit sidecar;
   } ''
     fakeroot sh -euc 'unsquashfs -q -n -d /tmp/root $root >/dev/null
-      mkfs.erofs -zlz4 --quiet -U 00000000-0000-0000-0000-000000000000 $out /tmp/root'
+      cd /tmp/root
+      for path in $sidecar; do
+        [ -e ".$path" ] || [ -L ".$path" ] || { echo "nixbox: no package or build script made the sidecar $path" >&2; exit 1; }
+      done
+      for path in $sidecar; do rm -rf ".$path"; done
+      ${erofs} /tmp/root'
   '';
+
+  # --- sidecars: what is heavy, in images of its own beside the root (docs/decisions/030-sidecars.md) ---
+
+  # pick LIST TREE: put into /tmp/side the paths of LIST, one a line, with the directories above them as they are.
+  pick = ''
+    pick() {
+      awk -F/ '{ p = ""; for (i = 1; i <= NF; i++) { p = p (i > 1 ? "/" : "") $i; print p } }' "$1" |
+        awk '!seen[$0]++' >/tmp/picked
+      mkdir /tmp/side
+      tar -C "$2" --no-recursion --verbatim-files-from --xattrs --xattrs-include='*' -cf - -T /tmp/picked |
+        tar -C /tmp/side --xattrs --xattrs-include='*' -xpf - --same-owner
+      touch -d "@$SOURCE_DATE_EPOCH" /tmp/side
+    }
+  '';
+
+  paths = { tree, sidecar }: on {
+    name = "nixbox-debian-sidecar.erofs";
+    root = tree;
+    inherit sidecar;
+  } ''
+    cat >/tmp/steps <<"END"
+    ${pick}
+    unsquashfs -q -n -d /tmp/root $root >/dev/null
+    cd /tmp/root
+    for path in $sidecar; do find ".$path"; done | sed 's,^\./,,' >/tmp/list
+    pick /tmp/list /tmp/root
+    ${erofs} /tmp/side
+    END
+    fakeroot bash -euo pipefail /tmp/steps
+  '';
+
+  # Only what the packages change of the tree: files that are new or others now, and a whiteout (the character device
+  # 0, 0; Documentation/filesystems/overlayfs.rst) for each that they took away.
+  packages = tree: installed {
+    name = "nixbox-debian-sidecar-packages.erofs";
+    base = tree;
+    packages = lock.sidecar_packages;
+    requested = lock.sidecar_requested;
+    after = "wash"; # what a build script made is to stay
+    before = ''
+      cat >/tmp/steps <<"END"
+      ${pick}
+      mkdir /tmp/new
+      tar -C /tmp/new --xattrs --xattrs-include='*' -xpf - --same-owner
+      unsquashfs -q -n -d /tmp/old $base >/dev/null
+      for tree in old new; do
+        cd /tmp/$tree
+        {
+          find . -mindepth 1 -type d -printf '%y %m %U %G\t%P\n'
+          find . -mindepth 1 ! -type d -printf '%y %m %U %G %s %T@ %l\t%P\n'
+          find . -type f -print0 | xargs -0r sha256sum -z | tr '\0' '\n' | sed 's,  \./,\t,'
+        } | LC_ALL=C sort >/tmp/$tree.is
+        find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort >/tmp/$tree.has
+        if find . -name '*[[:cntrl:]]*' | grep -q .; then
+          echo "nixbox: a file name with a control character cannot go to a sidecar" >&2
+          exit 1
+        fi
+      done
+      # The topmost of what went is enough.
+      LC_ALL=C comm -23 /tmp/old.has /tmp/new.has | while read -r path; do
+        [ ! -d "/tmp/new/$(dirname "$path")" ] || echo "$path"
+      done >/tmp/gone
+      {
+        LC_ALL=C comm -13 /tmp/old.is /tmp/new.is | cut -f 2-
+        while read -r path; do dirname "$path"; done </tmp/gone
+      } | LC_ALL=C sort -u >/tmp/list
+      pick /tmp/list /tmp/new
+      while read -r path; do
+        above=$(dirname "$path")
+        /usr/bin/mknod "/tmp/side/$path" c 0 0
+        touch -hd "@$SOURCE_DATE_EPOCH" "/tmp/side/$path"
+        touch -r "/tmp/new/$above" "/tmp/side/$above"
+      done </tmp/gone
+      ${erofs} /tmp/side
+      END
+    '';
+    finish = "fakeroot bash -euo pipefail /tmp/steps";
+  };
 }
