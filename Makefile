@@ -1,8 +1,9 @@
 # make up     set up, build the image, boot the example and run a first command in it
 # make test   every test
 # make box    a shell on a KVM host that QEMU emulates (tests/kvm)
+# make docs   the documentation as a site, in site/
 # make bench, bench-kvm   the measurements; those under KVM in an emulated host
-.PHONY: setup box up down test lint format bench bench-kvm lock clean
+.PHONY: setup box up down test lint format docs bench bench-kvm lock clean
 
 NIXBOX = ../../.venv/bin/nixbox
 
@@ -28,6 +29,10 @@ format: setup
 	@.venv/bin/ruff check --fix --quiet .
 	@.venv/bin/ruff format --quiet .
 
+docs: setup
+	@PYTHONDONTWRITEBYTECODE=1 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo site/index.html
+
 box: setup
 	@.venv/bin/python -m tests.kvm
 
@@ -45,4 +50,4 @@ lock:
 	  --python-version 3.11 --extra dev --extra krun pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis

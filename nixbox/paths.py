@@ -265,6 +265,11 @@ def plugins_dir() -> Path:
     return _data_dir("_plugins", "plugins")
 
 
+def docs_dir() -> Path:
+    """The documentation's sources (`mkdocs.yml`, `docs/`, `README.md`): in an installed wheel, or the checkout."""
+    return _data_dir("_docs", ".")
+
+
 def require_space(directory: Path, needed_bytes: int, what: str) -> None:
     """Raise NixboxError when the disk of `directory` has less than `needed_bytes` free for `what`.
 

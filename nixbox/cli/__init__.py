@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import copying, env, mounts, net, plugins, seeds, stores, update, workspace
+from nixbox.cli import copying, docs, env, mounts, net, plugins, seeds, stores, update, workspace
 from nixbox.cli.common import Json, Machine, Profile, complete_machine, drop_displays, print_json, reporter, sandbox
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -421,6 +421,7 @@ def ssh_config(name: Name = None) -> None:
     print(sandbox(name).ssh_config().read_text(), end="")
 
 
+app.command()(docs.docs)
 app.command()(workspace.doctor)
 app.command()(workspace.version)
 

@@ -38,7 +38,7 @@ RESERVED = frozenset(
     (
         *("build", "config", "cp", "doctor", "down", "env", "fork", "image", "init", "list", "lock", "logs", "mount"),
         *("net", "plugin", "port", "rm", "run", "seed", "shell", "ssh-config", "status", "suspend", "template"),
-        *("trust", "unmount", "up", "update", "version"),
+        *("docs", "trust", "unmount", "up", "update", "version"),
     )
 )
 

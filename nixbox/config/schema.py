@@ -75,15 +75,15 @@ Packages = Annotated[
 
 
 class Resources(_Model):
-    """The machine's shape; memory and disk in MiB.
+    """The machine's shape. A size is text such as `4GiB`, or a number of MiB."""
 
-    `return_memory`: memory that the guest frees goes back to the host, and the machine shares none with others.
-    """
-
-    vcpus: Annotated[int, between(1, 256)] = 2
-    memory: Memory = 2048
-    disk: Disk = 10240
-    return_memory: bool = False
+    vcpus: Annotated[int, between(1, 256)] = Field(default=2, description="Virtual CPUs, 1 to 256.")
+    memory: Memory = Field(default=2048, description="Memory, at least 128MiB.")
+    disk: Disk = Field(default=10240, description="The disk for all that changes in the guest; sparse on the host.")
+    return_memory: bool = Field(
+        default=False,
+        description="true: memory that the guest frees goes back to the host; the machine shares none with others.",
+    )
 
 
 class MountTable(_Model):
@@ -97,23 +97,30 @@ class MountTable(_Model):
 class PortTable(_Model):
     """A port of the host's loopback, and the guest's port that answers there."""
 
-    host: Port
-    guest: Port
+    host: Port = Field(description="The port at 127.0.0.1.")
+    guest: Port = Field(description="The guest's port.")
 
 
 class Network(_Model):
     """What the guest may reach."""
 
-    mode: NetworkMode = "open"
-    domains: list[Domain] = []
-    ports: list[Port] = []
-    allow_private: bool = False
+    mode: NetworkMode = Field(
+        default="open",
+        description="`off`: nothing leaves the guest. `filtered`: only `domains`. `open`: the Internet.",
+    )
+    domains: list[Domain] = Field(
+        default=[], description="What `filtered` lets through: these names and all below them."
+    )
+    ports: list[Port] = Field(default=[], description="TCP ports of `filtered`; 80 and 443 if nobody names any.")
+    allow_private: bool = Field(
+        default=False, description="true: private and link-local addresses too. The host's loopback never."
+    )
 
 
 class FromHost(_Model):
     """A variable that takes its value from the host's environment at `up`."""
 
-    from_host: EnvName
+    from_host: EnvName = Field(description="The variable of the host.")
 
 
 EnvValue = Annotated[Annotated[str, NoNul, Tag("plain")] | Annotated[FromHost, Tag("table")], Discriminator(shape)]
@@ -154,43 +161,61 @@ class SeedTable(_Model):
 class Debian(_Model):
     """Where the Debian base comes from; unset mirrors mean those of the host's apt sources."""
 
-    mirror: Mirror | None = None
-    security_mirror: Mirror | None = None
-    suite: Suite = "trixie"
+    mirror: Mirror | None = Field(default=None, description="The archive's URL.")
+    security_mirror: Mirror | None = Field(default=None, description="The security archive's URL.")
+    suite: Suite = Field(default="trixie", description="The release.")
 
 
 class MachineTable(_Model):
     """How the machine is run."""
 
-    accelerator: Accelerator = "auto"
-    backend: Backend = "auto"
+    accelerator: Accelerator = Field(
+        default="auto", description="What runs the guest's instructions; `auto`: the best that works on this host."
+    )
+    backend: Backend = Field(default="auto", description="The hypervisor; `auto` takes QEMU if it is there.")
 
 
 class Config(_Model):
     """The user's `.nixbox/config.toml`."""
 
-    name: Name | None = None
-    profile: Name | None = None
-    base: Base = "debian"
-    plugins: list[PluginRef] = []
-    packages: Packages = []
-    scripts: list[Script] = []
-    resources: Resources = Resources()
-    mounts: list[MountTable] = [MountTable(source=".", target="~/workspace")]
-    network: Network = Network()
-    ports: list[PortTable] = []
-    env: dict[EnvName, EnvValue] = {}
-    hooks: Hooks = Hooks()
-    seeds: list[SeedTable] = []
-    ld_libraries: list[NixPackage] = []
-    debian: Debian = Debian()
-    machine: MachineTable = MachineTable()
+    name: Name | None = Field(default=None, description="The machine's name; by default the directory's.")
+    profile: Name | None = Field(
+        default=None, description="`profiles/NAME.toml` in `.nixbox/` or in the user's own `~/.config/nixbox/`."
+    )
+    base: Base = Field(default="debian", description="What the image is made from.")
+    plugins: list[PluginRef] = Field(
+        default=[],
+        description="By name, by path (`./tools/mine`), or from GitHub (`github:owner/repo/subdir@v1`).",
+    )
+    packages: Packages = Field(
+        default=[], description='What the image gets; or by base: { debian = ["jq"], nixpkgs = ["jq"] }.'
+    )
+    scripts: list[Script] = Field(default=[], description="Shell scripts in the guest, at every `nixbox up`.")
+    resources: Resources = Field(default=Resources(), description="The machine's shape.")
+    mounts: list[MountTable] = Field(
+        default=[MountTable(source=".", target="~/workspace")],
+        description="Directories of the host that the guest sees; what is written here replaces the default.",
+    )
+    network: Network = Field(default=Network(), description="What the guest may reach.")
+    ports: list[PortTable] = Field(
+        default=[], description="Ports of the guest that the host's loopback has as well, in every network mode."
+    )
+    env: dict[EnvName, EnvValue] = Field(
+        default={}, description="Variables for the guest: a text, or { from_host = NAME }. In its memory only."
+    )
+    hooks: Hooks = Field(default=Hooks(), description="Shell commands on the host.")
+    seeds: list[SeedTable] = Field(default=[], description="Directories of the host that the guest gets a copy of.")
+    ld_libraries: list[NixPackage] = Field(
+        default=[], description="nixpkgs attributes whose libraries foreign programs find; for that base only."
+    )
+    debian: Debian = Field(default=Debian(), description="Where the Debian base comes from.")
+    machine: MachineTable = Field(default=MachineTable(), description="How the machine is run.")
 
 
 class ProfileDisk(_Model):
-    """The size in MiB of a fresh overlay disk."""
+    """The disk of a fresh machine."""
 
-    size: Disk
+    size: Disk = Field(description="Its size, unless config.toml says another.")
 
 
 class Profile(_Model):
@@ -199,34 +224,46 @@ class Profile(_Model):
     `sidecar` (paths of the image) and `sidecar_packages` lie in images of their own, beside the root image.
     """
 
-    description: str = ""
-    packages: Packages = []
-    build: Script | None = None
-    build_network: bool = False
-    sidecar: list[SidecarPath] = []
-    sidecar_packages: Packages = []
-    setup: Script | None = None
-    setup_env: bool = False
-    disk: ProfileDisk | None = None
+    description: str = Field(default="", description="What it is for.")
+    packages: Packages = Field(
+        default=[], description='What the image gets; or by base: { debian = ["jq"], nixpkgs = ["jq"] }.'
+    )
+    build: Script | None = Field(default=None, description="A shell script in the image's build, as its root.")
+    build_network: bool = Field(
+        default=False, description="true: `build` reaches the network, and the image is not reproducible."
+    )
+    sidecar: list[SidecarPath] = Field(
+        default=[], description="Heavy paths of the image, which lie in a read-only image of their own."
+    )
+    sidecar_packages: Packages = Field(default=[], description="Heavy packages, likewise; built alone when they change.")
+    setup: Script | None = Field(
+        default=None, description="A shell script, once on a fresh machine, as its user; part of the template."
+    )
+    setup_env: bool = Field(
+        default=False, description="true: `setup` sees `[env]`, and runs on each new machine instead."
+    )
+    disk: ProfileDisk | None = Field(default=None, description="The disk of a fresh machine.")
 
 
 class TemplateSettings(_Model):
     """How much of the disk all templates together may take."""
 
-    limit: Size = TEMPLATE_LIMIT_MIB
+    limit: Size = Field(default=TEMPLATE_LIMIT_MIB, description="The size; those used longest ago go first.")
 
 
 class KrunSettings(_Model):
     """Where libkrun is, if not where the loader or the package smolmachines has it."""
 
-    library: HostPath | None = None
+    library: HostPath | None = Field(default=None, description="The path of the library.")
 
 
 class UserSettings(_Model):
     """`settings.toml` of the user's own configuration directory: what belongs to no workspace."""
 
-    templates: TemplateSettings = TemplateSettings()
-    krun: KrunSettings = KrunSettings()
+    templates: TemplateSettings = Field(
+        default=TemplateSettings(), description="The templates that machines are restored from."
+    )
+    krun: KrunSettings = Field(default=KrunSettings(), description="libkrun.")
 
 
 class PluginNetwork(_Model):
