@@ -85,19 +85,23 @@ def test_it_is_built_once(call: Call, cache: Path) -> None:
 def test_it_follows_its_sources(call: Call, sources: Path, cache: Path) -> None:
     call("--path")
     (sources / "docs/more.md").write_text("# More\n")
-    (cache / f".{__version__}.new").mkdir()  # of one that was killed
-    (cache / f".{__version__}.old").mkdir()
+    for left in ("new", "old"):  # by one that was killed
+        (cache / f".{__version__}.{left}").mkdir()
+        (cache / f".{__version__}.{left}" / ".half").write_text("")
     assert call("--path")[0] == 0
     assert (cache / __version__ / "more.html").is_file()
     assert [path.name for path in cache.iterdir()] == [__version__]
+    assert not (cache / __version__ / ".half").exists()
 
 
 def test_a_build_that_fails_leaves_what_was_there(call: Call, sources: Path, cache: Path) -> None:
     call("--path")
     before = (cache / __version__ / "index.html").read_text()
-    (sources / "mkdocs.yml").write_text("site_name: small\ntheme: no-such-theme\n")
+    (sources / "late.py").write_text("def on_post_build(config):\n    raise ValueError('late fault')\n")
+    with (sources / "mkdocs.yml").open("a") as file:
+        file.write("hooks: [late.py]\n")
     code, out, err = call()
-    assert (code, out) == (1, "") and "no-such-theme" in err and "mkdocs build" in err
+    assert (code, out) == (1, "") and "late fault" in err and "mkdocs build" in err
     assert (cache / __version__ / "index.html").read_text() == before
     assert [path.name for path in cache.iterdir()] == [__version__]
 
