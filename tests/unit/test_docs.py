@@ -35,7 +35,7 @@ PAGES = sorted(
     ]
 )
 ROOT_COMMAND: Any = typer.main.get_command(app)
-MODELS = {
+MODELS: dict[str, Any] = {
     r"(.*/)?config\.toml": schema.Config,
     r"(.*/)?profiles/[^/]+\.toml": schema.Profile,
     r"(.*/)?plugin\.toml": schema.Plugin,
@@ -264,23 +264,25 @@ def test_a_right_command_is_none(text: str) -> None:
 # --- files and tests that pages show ---------------------------------------------------------------------
 
 
-def toml_fault(block: Block) -> str | None:
+def toml_fault(block: Block, plugins: set[str]) -> str | None:
     """What is wrong with a block of TOML: that it is for no file, or that nixbox would refuse it there."""
     title = re.search(r'title="([^"]+)"', block.info)
     model = next((model for name, model in MODELS.items() if title and re.fullmatch(name, title[1])), None)
     if model is None:
         return f'for which file is `{block.info}`? e.g. toml title=".nixbox/config.toml"'
     data = tomllib.loads(block.text)
-    found, wrong = schema.validate(model, data)
+    found, wrong = schema.validate(model, data, data.get("base", "debian"))
+    words = [str(one) for one in wrong]
     if isinstance(found, schema.Config):
-        wrong += [f"no plugin {ref}" for ref in found.plugins if re.fullmatch("[a-z-]+", ref) and ref not in PLUGINS]
-    return "; ".join(map(str, wrong)) or None
+        words += [f"no plugin {ref}" for ref in found.plugins if re.fullmatch("[a-z-]+", ref) and ref not in plugins]
+    return "; ".join(words) or None
 
 
 def toml_faults(text: str) -> list[str]:
-    made = re.findall(r"nixbox plugin new ([a-z-]+)", text)
-    found = [toml_fault(block) for block in split(text)[0] if block.info.partition(" ")[0] == "toml"]
-    return [wrong for wrong in found if wrong and wrong not in [f"no plugin {name}" for name in made]]
+    """All that is wrong with the files that a page shows."""
+    plugins = {*PLUGINS, *re.findall(r"nixbox plugin new ([a-z-]+)", text)}
+    shown = [block for block in split(text)[0] if block.info.partition(" ")[0] == "toml"]
+    return [wrong for block in shown if (wrong := toml_fault(block, plugins))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
