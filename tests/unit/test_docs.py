@@ -91,6 +91,8 @@ def shell_lines(block: Block) -> Iterator[str]:
             yield line
         elif language == "console" and line.startswith("$ "):
             yield line[2:]
+        elif language == "yaml" and re.match(r"\s*(- )?(run: )?(nixbox|make) ", line):  # of a CI system
+            yield re.sub(r"^\s*(- )?(run: )?", "", line)
         elif not language and re.match(r"(nixbox|make) ", line):
             yield line
 
@@ -233,6 +235,8 @@ def test_commands_are_found_where_they_stand() -> None:
         ("```sh\nssh -F <(nixbox ssh-conf) box\n```", "no command ssh-conf"),
         ("```sh\nnix run .#nixbox -- upp\n```", "no command upp"),
         ("```console\n$ nixbox upp\nnixbox said this\n```", "no command upp"),
+        ("```yaml\nsteps:\n  - run: nixbox up --colt\n```", "--colt"),
+        ("```yaml\nsteps:\n  - run: |\n      nixbox up\n      make tests\n```", "no target tests"),
         ("```sh\nnixbox aws logout\n```", "aws has no command 'logout'"),
         ("```sh\nmake tests\n```", "no target tests"),
         ("so:\n\n    nixbox upp\n", "no command upp"),
@@ -482,6 +486,7 @@ def test_the_readme_is_a_page(built: Path) -> None:
 def test_nothing_is_written_beside_the_sources(built: Path) -> None:
     assert not [path for path in DOCS.rglob("*") if path.name in ("__pycache__", "reference", "readme.md")]
     assert not (DOCS / "decisions/index.md").exists()
+    assert not [*built.rglob("*.py"), *built.rglob("__pycache__")]
 
 
 @pytest.mark.parametrize(
