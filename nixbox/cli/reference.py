@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from nixbox.config.reference import cell, code
 from nixbox.errors import ExitCode
 
 EXIT_CODES: Mapping[ExitCode, str] = {
@@ -36,7 +37,7 @@ def cli_reference() -> str:
     """Markdown: the exit codes, then a section for each command with its usage, arguments and options."""
     from nixbox.cli import app
 
-    codes = "".join(f"| {int(code)} | {EXIT_CODES[code]} |\n" for code in ExitCode)
+    codes = "".join(f"| {int(one)} | {EXIT_CODES[one]} |\n" for one in ExitCode)
     own = sorted(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]  # it is a group
     sections = [line for name, command in own for line in _section(command, f"nixbox {name}", 2)]
     return f"{_HEAD}{codes}\n" + "\n".join(sections) + "\n"
@@ -44,7 +45,7 @@ def cli_reference() -> str:
 
 def _section(command: Any, path: str, level: int) -> Iterator[str]:
     """The lines about a command, or about a group and each command in it."""
-    yield from (f"{'#' * level} {path}", "", inspect.cleandoc(command.help or ""), "")
+    yield from (f"{'#' * level} {path}", "", inspect.cleandoc(command.help or "").replace("<", "&lt;"), "")
     inner = getattr(command, "commands", None)
     if inner is not None:
         for name, one in inner.items():
@@ -59,7 +60,7 @@ def _section(command: Any, path: str, level: int) -> Iterator[str]:
     rows += [(_option(one), (one.help or "") + _default(one)) for one in options]
     if rows:
         yield from ("| argument or option | what it is |", "| --- | --- |")
-        yield from (f"| `{_cell(name)}` | {_cell(words)} |" for name, words in rows)
+        yield from (f"| {code(name)} | {cell(words)} |" for name, words in rows)
         yield ""
 
 
@@ -83,8 +84,3 @@ def _option(one: Any) -> str:
 def _default(one: Any) -> str:
     """What holds without the option, where that is not simply nothing."""
     return "" if one.is_flag or one.default is None or one.multiple else f" Default: `{one.default}`."
-
-
-def _cell(text: str) -> str:
-    """Text that does not end its cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -106,6 +106,6 @@ def _plugins_index() -> str:
 
 
 def _page(title: str, words: str, columns: list[str], rows: list[list[str]]) -> str:
-    """A page with one table. No cell may end before its own end."""
-    table = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    """A page with one table."""
+    table = [columns, ["---"] * len(columns), *([reference.cell(text) for text in row] for row in rows)]
     return f"# {title}\n\n{words}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -44,22 +46,31 @@ def _sections(model: type[BaseModel], title: str, path: str, done: set[type[Base
     inner: list[tuple[type[BaseModel], str, str]] = []
     for name, field in model.model_fields.items():
         shown = field.alias or name
-        yield f"| `{shown}` | {_cell(field.description or '')}{_choices(field.annotation)} | {_default(field)} |"
+        yield f"| `{shown}` | {cell(field.description or '')}{_choices(field.annotation)} | {_default(field)} |"
         below = f"{path}.{shown}" if path else shown
         for found, shape in _models(field.annotation):
             place = f"{below}.NAME" if shape is dict else below
             inner.append((found, f"[[{place}]]" if shape is list else f"[{place}]", place))
     for reason_of, reason in getattr(model, "refused", {}).items():
-        yield f"| ~~`{reason_of}`~~ | {_cell(reason)} | |"
+        yield f"| ~~`{reason_of}`~~ | {cell(reason)} | |"
     yield ""
     for found, heading, place in inner:
         if found not in done:
             yield from _sections(found, heading, place, done)
 
 
-def _cell(text: str) -> str:
-    """Text that does not end its cell."""
-    return text.replace("|", "\\|")
+def cell(text: str) -> str:
+    """Markdown text that can stand in a cell of a table: on one line, without an end of the cell and without HTML."""
+
+    def mend(found: re.Match[str]) -> str:
+        return code(found[1]) if found[1] is not None else {"|": "\\|", "<": "&lt;"}[found[0]]
+
+    return re.sub(r"`([^`]*)`|[|<]", mend, " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Code that can stand in a cell of a table. What escapes a bar there, not every Markdown takes for an escape."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
 
 
 def _choices(annotation: Any) -> str:
@@ -80,7 +91,7 @@ def _default(field: Any) -> str:
         value = fields.format_size(value)
     if isinstance(value, list):
         value = [one.model_dump(by_alias=True) if isinstance(one, BaseModel) else one for one in value]
-    return f"`{_cell(_toml(value))}`"
+    return code(_toml(value))
 
 
 def _toml(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import os
 import re
 import shlex
@@ -345,11 +347,16 @@ def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from walk(one, f"{path} {name}")
 
 
+def plain(text: str) -> str:
+    """A page's text without what keeps the cells of its tables whole."""
+    return html.unescape(re.sub("</?code>", "`", text).replace("\\|", "|"))
+
+
 def cli_faults(text: str) -> list[str]:
     sections = dict(re.findall(r"^#+ (nixbox [^\n]*)\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL))
     found = []
     for path, command in walk(ROOT_COMMAND, "nixbox"):
-        section = sections.get(path, "")
+        section = plain(sections.get(path, ""))
         if not section:
             found.append(path)
             continue
@@ -385,7 +392,7 @@ def config_faults(model: Any, text: str) -> list[str]:
     for name, words in fields_of(model):
         if not words:
             found.append(f"{name}: no description")
-        elif f"| `{name}` | {words}" not in text:
+        elif f"| `{name}` | {words}" not in plain(text):
             found.append(name)
     return found
 
@@ -404,6 +411,18 @@ def test_the_reference_of_a_file_is_whole(model: Any, text: str) -> None:
     assert config_faults(model, text) == []
     for name, words in fields_of(model):  # each of them would be missed
         assert name in config_faults(model, text.replace(f"| `{name}` | {words}", ""))
+
+
+def test_a_cell_holds_whatever_is_said() -> None:
+    markdown = importlib.import_module("markdown")
+    for text, shown in (
+        ("`a|b` or c|d", "<code>a|b</code> or c|d"),
+        ("<b> `<c>`", "&lt;b&gt; <code>&lt;c&gt;</code>"),
+        ("two\nlines, `x`", "two lines, <code>x</code>"),
+    ):
+        page = markdown.markdown(f"| a | b |\n| --- | --- |\n| {reference.cell(text)} | z |\n", extensions=["tables"])
+        cells = re.findall("<td>(.*?)</td>", page.replace("&#124;", "|").replace("&amp;", "&"))
+        assert cells == [shown, "z"], page
 
 
 def test_a_field_without_words_is_missed() -> None:
