@@ -37,7 +37,7 @@ def cli_reference() -> str:
     """Markdown: the exit codes, then a section for each command with its usage, arguments and options."""
     from nixbox.cli import app
 
-    codes = "".join(f"| {int(one)} | {EXIT_CODES[one]} |\n" for one in ExitCode)
+    codes = "".join(f"| {int(one)} | {EXIT_CODES.get(one, '')} |\n" for one in ExitCode)
     own = sorted(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]  # it is a group
     sections = [line for name, command in own for line in _section(command, f"nixbox {name}", 2)]
     return f"{_HEAD}{codes}\n" + "\n".join(sections) + "\n"
