@@ -235,7 +235,9 @@ class Profile(_Model):
     sidecar: list[SidecarPath] = Field(
         default=[], description="Heavy paths of the image, which lie in a read-only image of their own."
     )
-    sidecar_packages: Packages = Field(default=[], description="Heavy packages, likewise; built alone when they change.")
+    sidecar_packages: Packages = Field(
+        default=[], description="Heavy packages, likewise; built alone when only they change."
+    )
     setup: Script | None = Field(
         default=None, description="A shell script, once on a fresh machine, as its user; part of the template."
     )
