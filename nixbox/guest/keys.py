@@ -7,17 +7,12 @@ OpenSSH themselves use. Where that is not found, ssh-keygen makes the pair.
 from __future__ import annotations
 
 import base64
-import contextlib
-import ctypes
 import os
 import textwrap
 from pathlib import Path
 
-from nixbox import run
+from nixbox import ed25519, run
 
-_ED25519 = 1087  # openssl/obj_mac.h: NID_ED25519
-_BYTES = 32  # of either half (RFC 8032)
-_NAMES = ("libcrypto.so.3", "libcrypto.so.1.1")
 _TIMEOUT_S = 30.0
 COMMENT = b"nixbox"
 
@@ -26,9 +21,10 @@ def make(private: Path) -> None:
     """Write a new pair: `private`, and beside it the same name with `.pub`. Both whole, the private one last."""
     for leftover in private.parent.glob(f"{private.name}*.new*"):  # of a making that was cut off
         leftover.unlink()
-    seed = os.urandom(_BYTES)
-    public = public_half(seed)
-    if public is None:
+    seed = os.urandom(ed25519.BYTES)
+    try:
+        public = ed25519.public_half(seed)
+    except ed25519.Missing:
         _by_ssh_keygen(private)
         return
     blob = _string(b"ssh-ed25519") + _string(public)
@@ -44,37 +40,6 @@ def _write(path: Path, data: bytes, mode: int) -> None:
     with os.fdopen(os.open(new, flags, mode), "wb") as file:
         file.write(data)
     new.replace(path)
-
-
-def public_half(seed: bytes) -> bytes | None:
-    """The public half of a private one (EVP_PKEY_new_raw_private_key(3)); None where there is no libcrypto for it."""
-    lib = _libcrypto()
-    if lib is None:
-        return None
-    key = lib.EVP_PKEY_new_raw_private_key(_ED25519, None, seed, len(seed))
-    if not key:
-        return None
-    public, length = ctypes.create_string_buffer(_BYTES), ctypes.c_size_t(_BYTES)
-    done = lib.EVP_PKEY_get_raw_public_key(key, public, ctypes.byref(length))
-    lib.EVP_PKEY_free(key)
-    return public.raw if done == 1 and length.value == _BYTES else None
-
-
-def _libcrypto() -> ctypes.CDLL | None:
-    with contextlib.suppress(ImportError):
-        import _hashlib  # noqa: F401 - with it the library is loaded already, wherever this Python has it
-    for name in _NAMES:
-        try:
-            lib = ctypes.CDLL(name)
-            lib.EVP_PKEY_new_raw_private_key.restype = ctypes.c_void_p
-            kinds = (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
-            lib.EVP_PKEY_new_raw_private_key.argtypes = kinds
-            lib.EVP_PKEY_get_raw_public_key.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-            lib.EVP_PKEY_free.argtypes = (ctypes.c_void_p,)
-        except (OSError, AttributeError):
-            continue
-        return lib
-    return None
 
 
 def _string(data: bytes) -> bytes:

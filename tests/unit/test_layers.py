@@ -40,6 +40,7 @@ RANKS = {
     "errors": 0,
     "linux": 0,
     "locks": 0,
+    "ed25519": 0,
     "sparse": 0,
     "trees": 0,
     "values": 0,
