@@ -25,7 +25,7 @@ from nixbox.image import krunfw, store
 
 if TYPE_CHECKING:
     from nixbox.image.apt import Mirrors
-    from nixbox.image.lock import KrunKernel, Lock, LockedPackage
+    from nixbox.image.lock import Bootstrap, KrunKernel, Lock, LockedPackage
 
 BUSYBOX = "nixbox-busybox"
 # (bytes so far, bytes in all, files so far, files in all)
@@ -197,28 +197,38 @@ def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None, libkr
     """Put every file of the lock, and the bootstrap, into the store; returns how many were fetched.
 
     libkrun's kernel comes from this host (krunfw.locate), for no mirror has it, and so before anything is fetched.
-    Without apt on the host only the bootstrap is brought here; Nix fetches the rest by the same hashes.
     """
-    wanted = {deb_path(p): p for p in lock.all_packages()}
+    if lock.krun:
+        with _work_dir() as work:
+            _add_krun(lock.krun, libkrun, work)
+    return ensure_packages(lock.all_packages(), lock.bootstrap, mirrors, progress)
+
+
+def ensure_packages(
+    packages: Sequence[LockedPackage], bootstrap: Bootstrap, mirrors: Mirrors, progress: Progress | None = None
+) -> int:
+    """Put .debs, the bootstrap's among them, and the bootstrap itself into the store; returns how many were fetched.
+
+    Without apt on the host only the bootstrap is brought here; Nix fetches the rest by the same hashes. Raises
+    GoneError and NixboxError.
+    """
+    wanted = {deb_path(p): p for p in packages}
     missing = store.invalid(wanted)
-    bootstrap = lock.bootstrap.package
     if run.find_tool("apt-helper") is None:
-        missing &= {deb_path(bootstrap)}
+        missing &= {deb_path(bootstrap.package)}
     fetched = 0
     with _work_dir() as work:
-        if lock.krun:
-            _add_krun(lock.krun, libkrun, work)
         if missing:
-            packages = [wanted[path] for path in sorted(missing)]
-            files = _download(packages, mirrors, work, progress)
+            asked = [wanted[path] for path in sorted(missing)]
+            files = _download(asked, mirrors, work, progress)
             store.add_files(list(files.values()))
             fetched = len(files)
-        busybox = store.recursive_path(BUSYBOX, lock.bootstrap.nar_hash)
-        if store.invalid([busybox]) and not store.invalid([deb_path(bootstrap)]):
-            added = store.add_tree(_unpack_busybox(store.physical(deb_path(bootstrap)), work))
+        busybox = store.recursive_path(BUSYBOX, bootstrap.nar_hash)
+        if store.invalid([busybox]) and not store.invalid([deb_path(bootstrap.package)]):
+            added = store.add_tree(_unpack_busybox(store.physical(deb_path(bootstrap.package)), work))
             if added != busybox:
                 raise NixboxError(
-                    f"the lock's bootstrap hash does not fit {bootstrap.name} {bootstrap.version}",
+                    f"the lock's bootstrap hash does not fit {bootstrap.package.name} {bootstrap.package.version}",
                     hint="`nixbox lock` resolves it again",
                 )
     return fetched
