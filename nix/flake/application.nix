@@ -7,7 +7,7 @@
 #   mirrors    as in ../image.nix
 #   pypi       what stands before `packages/…` in the address of a file of PyPI, or ""
 #
-# Returns { application; python; }. The programs that nixbox starts (nix, qemu, ssh, …) are those of the host's PATH.
+# Returns { application; python; busybox; runBusybox; }. The programs that nixbox starts (nix, qemu, ssh, …) are those of the host's PATH.
 { lock, source, version, mirrors ? { }, pypi ? "" }:
 let
   locked = builtins.fromJSON (builtins.readFile lock);
@@ -99,6 +99,7 @@ let
 in
 {
   inherit python;
+  inherit (tools) busybox runBusybox;
   application = runBusybox {
     name = "nixbox-${version}";
     inherit python launcher;

@@ -4,66 +4,21 @@ without nixpkgs, which is in neither."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nixbox.errors import NixboxError
-from nixbox.image import build, lock, store
+from nixbox.image import build, lock
 from nixbox.image.resolve import BASE_REQUEST
 from nixbox.plan.model import ImageSpec, Script
-from nixbox.run import CommandError, run
+from nixbox.run import CommandError
+from tests.flakes import HELLO_LOCK, REPO, STAND_IN, Clone, make_clone
 
-REPO = Path(__file__).resolve().parents[2]
-HELLO_LOCK = REPO / "nix" / "flake" / "hello.lock"
 IMAGE = ".#packages.x86_64-linux.image-hello-debian"
-FILES = ("flake.nix", "flake.lock", "pyproject.toml", "nix", "examples")
-TIMEOUT_S = 120.0
-
-# Exactly what nix/flake/nixpkgs.nix may use of nixpkgs. Its functions name their arguments, so that one which
-# they do not know is refused.
-STAND_IN = """
-{
-  outputs = { self }: {
-    legacyPackages = builtins.listToAttrs (map (system: { name = system; value =
-      let
-        made = name: more: derivation ({ inherit name system; builder = "/stand-in"; } // more);
-        plain = names: builtins.listToAttrs (map (name: { inherit name; value = made name { }; }) names);
-        python = plain [
-          "cffi" "hatchling" "hypothesis" "mypy" "nix-prefetch-github" "pydantic" "pytest" "pytest-timeout" "sh"
-          "tomlkit" "typer"
-        ];
-      in
-      plain [
-        "apt" "e2fsprogs" "gnumake" "nftables" "nix" "nixfmt" "nixfmt-tree" "openssh" "passt" "qemu" "ruff"
-        "util-linux" "virtiofsd"
-      ] // {
-        lib = {
-          makeBinPath = packages: builtins.concatStringsSep ":" (map (package: "${package}/bin") packages);
-          licenses.asl20 = { };
-        };
-        mkShell = { name, packages }: made name { inherit packages; };
-        python3.withPackages = choose: made "python3-env" { packages = choose python; };
-        python3Packages = python // {
-          buildPythonApplication =
-            { pname, version, src, pyproject, build-system, dependencies, pythonRelaxDeps, pythonImportsCheck
-            , makeWrapperArgs, meta }:
-            made "${pname}-${version}" {
-              inherit src pyproject build-system dependencies pythonRelaxDeps pythonImportsCheck makeWrapperArgs;
-            };
-        };
-      };
-    }) [ "x86_64-linux" "aarch64-linux" ]);
-  };
-}
-"""
 
 # The flake's function beside nixbox's own expression (./own.nix), all for one lock.
 COMPARE = """
@@ -84,66 +39,9 @@ in
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Clone:
-    """A clone of the flake in `repo`; `nix` runs there with no network, and with nothing in its store."""
-
-    top: Path
-    unshare: tuple[str, ...]
-
-    @property
-    def repo(self) -> Path:
-        return self.top / "repo"
-
-    @property
-    def store(self) -> Path:
-        return self.top / "store"
-
-    @property
-    def env(self) -> dict[str, str]:
-        who = {"NAME": "Test", "EMAIL": "test@localhost"}
-        return {
-            "HOME": str(self.top / "home"),
-            "XDG_CACHE_HOME": str(self.top / "home" / ".cache"),
-            "XDG_CONFIG_HOME": str(self.top / "home" / ".config"),
-            **{f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()},
-        }
-
-    def git(self, *words: str) -> str:
-        return run(["git", *words], cwd=self.repo, env=self.env, timeout_s=TIMEOUT_S).stdout
-
-    def nix(self, *words: str, cwd: Path | None = None) -> str:
-        # Empty: a user namespace has no build users, and nothing is built here.
-        options = (*store.setup().options, "--option", "build-users-group", "", "--store", str(self.store))
-        argv = [*self.unshare, "nix", *options, *words]
-        return run(argv, cwd=cwd or self.repo, env=self.env, timeout_s=TIMEOUT_S).stdout
-
-    def eval(self, *words: str) -> Any:
-        return json.loads(self.nix("eval", "--json", *words))
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    for program in ("nix", "git", "unshare"):
-        if shutil.which(program) is None:
-            pytest.skip(f"no {program} on this host")
-    unshare = ("unshare", "-n") if os.geteuid() == 0 else ("unshare", "-rn")
-    try:
-        run([*unshare, "true"], timeout_s=TIMEOUT_S)
-    except NixboxError as error:
-        pytest.skip(f"this host allows no network namespace: {error}")
-    made = Clone(tmp_path_factory.mktemp("flake"), unshare)
-    (made.top / "home").mkdir()
-    made.repo.mkdir()
-    for name in FILES:
-        if (REPO / name).is_dir():
-            # As in a clone: without what running the example leaves in its workspace.
-            shutil.copytree(REPO / name, made.repo / name, ignore=shutil.ignore_patterns("machines"))
-        else:
-            shutil.copy(REPO / name, made.repo / name)
-    made.git("init", "--quiet")
-    made.git("add", "--all")
-    made.git("commit", "--quiet", "--message", "flake")
+    made = make_clone(tmp_path_factory.mktemp("flake"))
     yield made
     # In particular flake.lock: Nix found nothing to add to it.
     assert made.git("status", "--porcelain") == ""
@@ -176,9 +74,16 @@ def test_metadata_gives_the_pin(clone: Clone) -> None:
 def test_show_needs_no_nixpkgs(clone: Clone) -> None:
     shown = json.loads(clone.nix("flake", "show", "--json"))
     assert shown["packages"]["x86_64-linux"]["image-hello-debian"]["name"] == "nixbox-image"
-    assert set(shown["packages"]["aarch64-linux"]) == {"default", "nixbox"}
-    for output in ("packages", "apps", "devShells", "formatter"):
+    programs = {"default", "nixbox", "nixbox-debian"}
+    assert set(shown["packages"]["x86_64-linux"]) == programs | {"image-hello", "image-hello-debian"}
+    assert set(shown["packages"]["aarch64-linux"]) == programs
+    for output in ("packages", "apps", "checks"):
         assert set(shown[output]) == {"x86_64-linux", "aarch64-linux"}
+    for output in ("devShells", "formatter"):
+        assert set(shown[output]) == {"x86_64-linux", "aarch64-linux", "aarch64-darwin"}
+    assert set(shown["checks"]["aarch64-linux"]) == {"ruff", "mypy", "unit", "nix"}
+    assert {"default", "nixbox"} <= set(shown["nixosModules"])
+    assert {"default", "flake"} <= set(shown["templates"])
 
 
 def test_what_needs_nixpkgs_asks_for_the_pinned_one(clone: Clone) -> None:
@@ -212,17 +117,22 @@ def test_the_library_makes_what_nixbox_makes(clone: Clone, more: dict[str, Any])
         assert clone.eval(f"{IMAGE}.drvPath").endswith("-nixbox-image.drv")
 
 
-@pytest.mark.parametrize("system", ["x86_64-linux", "aarch64-linux"])
+@pytest.mark.parametrize("system", ["x86_64-linux", "aarch64-linux", "aarch64-darwin"])
 def test_the_rest_evaluates_with_a_stand_in_for_nixpkgs(clone: Clone, tmp_path: Path, system: str) -> None:
     (tmp_path / "flake.nix").write_text(STAND_IN)
     stand_in = ("--override-input", "nixpkgs", f"path:{tmp_path}", "--no-write-lock-file")
 
-    for output in (f"packages.{system}.nixbox", f"devShells.{system}.default", f"formatter.{system}"):
+    outputs = [f"devShells.{system}.default", f"formatter.{system}"]
+    if system.endswith("-linux"):
+        outputs += [f"packages.{system}.nixbox"]
+        outputs += [f"checks.{system}.{name}" for name in ("ruff", "mypy", "unit", "nix")]
+    for output in outputs:
         name = clone.eval(*stand_in, f".#{output}.name")
         drv = clone.eval(*stand_in, f".#{output}.drvPath")
         assert Path(drv).name[33:] == f"{name}.drv", "the name that is shown is not the derivation's"
-    program = clone.eval(*stand_in, f".#apps.{system}.default.program")
-    assert program == clone.eval(*stand_in, f".#packages.{system}.default.outPath") + "/bin/nixbox"
+    if system.endswith("-linux"):
+        program = clone.eval(*stand_in, f".#apps.{system}.default.program")
+        assert program == clone.eval(*stand_in, f".#packages.{system}.default.outPath") + "/bin/nixbox"
 
 
 def test_the_application_has_the_dependencies_of_pyproject(clone: Clone, tmp_path: Path) -> None:
