@@ -48,6 +48,7 @@ bench-kvm:
 lock:
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	  --python-version 3.11 --extra dev --extra krun pyproject.toml --output-file requirements.lock
+	.venv/bin/python scripts/application.py lock
 
 clean:
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -289,7 +289,7 @@ def put(arch: Arch) -> int:
             file = files[one.name]
             if (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) != (one.file, one.sha256):
                 raise NixboxError(
-                    f"pip brought {file.name} for {one.name}, and {lock_path(arch).name} names {one.file} with other bits",
+                    f"pip brought {file.name}, and {lock_path(arch).name} has {one.file} with other bits",
                     hint="scripts/application.py lock",
                 )
         store.add_files([files[one.name] for one in missing])

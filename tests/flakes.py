@@ -68,6 +68,7 @@ class Clone:
 
     top: Path
     unshare: tuple[str, ...]
+    program: tuple[str, ...] = ("nix",)
 
     @property
     def repo(self) -> Path:
@@ -93,7 +94,7 @@ class Clone:
     def nix(self, *words: str, cwd: Path | None = None) -> str:
         # Empty: a user namespace has no build users, and nothing is built here.
         options = (*store.setup().options, "--option", "build-users-group", "", "--store", str(self.store))
-        argv = [*self.unshare, "nix", *options, *words]
+        argv = [*self.unshare, *self.program, *options, *words]
         return run(argv, cwd=cwd or self.repo, env=self.env, timeout_s=TIMEOUT_S).stdout
 
     def eval(self, *words: str) -> Any:

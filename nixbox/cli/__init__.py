@@ -90,7 +90,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(prebuilt.image_app, name="image")  # that of `stores`, with `use`
+app.add_typer(stores.image_app, name="image")
+stores.image_app.command("use")(prebuilt.image_use)
 app.add_typer(stores.template_app, name="template")
 app.add_typer(net.net_app, name="net")
 app.add_typer(env.env_app, name="env")

@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from nixbox.cli.common import Json, Profile, print_json, sandbox
-from nixbox.cli.stores import image_app
 
 _PATH = typer.Argument(metavar="PATH", help="A path in the Nix store.")
 
 
-@image_app.command("use")
 def image_use(path: Annotated[Path, _PATH], profile: Profile = None, as_json: Json = False) -> None:
     """Take an image that is in the Nix store for this workspace's, if building would give the very same."""
     from nixbox.image import prebuilt

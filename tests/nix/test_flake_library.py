@@ -1,4 +1,4 @@
-"""lib.mkImage and lib.mkSandbox: the same configuration makes the same image as nixbox, and what is wrong is named."""
+"""lib.mkImage and lib.mkSandbox: a configuration makes the image that nixbox makes, and what is wrong is named."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
 
 
 def write(directory: Path, files: Mapping[str, str]) -> Path:
-    """A directory of these files, `.nixbox/` in front of those that say no other place."""
+    """A directory of these files."""
     for name, text in files.items():
-        path = directory / name if name.startswith("../") or "/" in name.removeprefix("./") else directory / name
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return directory
@@ -104,7 +104,7 @@ def test_parts_make_the_image_that_files_make(clone: Clone, tmp_path: Path) -> N
     place = workspace(tmp_path / "w", files, requested)
     dev = tomllib.loads(files["profiles/dev.toml"])
     plugin = tomllib.loads(files["plugins/a/plugin.toml"])
-    parts = {
+    parts: dict[str, Any] = {
         "lock": place / ".nixbox/nixbox.lock",
         "packages": ["tree"],
         "profile": {"name": "dev", **dev},
@@ -155,7 +155,11 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         "",
         r"lock: is for trixie, and the config says forky",
     ),
-    "other base": ({"config.toml": 'base = "nixpkgs"\n'}, "", r"lock: is for the base debian, and the config's is nixpkgs"),
+    "other base": (
+        {"config.toml": 'base = "nixpkgs"\n'},
+        "",
+        r"lock: is for the base debian, and the config's is nixpkgs",
+    ),
     "no plugin": ({"config.toml": 'plugins = ["nope"]\n'}, "", r"plugins: no plugin `nope`"),
     "home": ({"config.toml": 'plugins = ["~/mine"]\n'}, "", r"plugins: `~/mine`: there is no home directory here"),
     "in Nix": (
@@ -179,7 +183,11 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         "",
         r"profiles/dev\.toml: build_network: must be true or false, not text",
     ),
-    "argument": ({"config.toml": 'packages = ["jq"]\n'}, 'packages = [ "jq" 1 ];', r"packages: packages\[1\]: must be text"),
+    "argument": (
+        {"config.toml": 'packages = ["jq"]\n'},
+        'packages = [ "jq" 1 ];',
+        r"packages: packages\[1\]: must be text",
+    ),
     "nameless": ({"config.toml": 'packages = ["jq"]\n'}, "profile = { };", r"profile: name: is missing"),
 }
 
@@ -241,7 +249,7 @@ def test_a_sandbox_s_workspace_is_its_configuration(clone: Clone, tmp_path: Path
     files, requested = WORKSPACES["all"]
     place = workspace(tmp_path / "w", files, requested)
     made = clone.value(
-        f"let box = flake.lib.mkSandbox {{ name = \"demo\"; workspace = {place}; }};"
+        f'let box = flake.lib.mkSandbox {{ name = "demo"; workspace = {place}; }};'
         " in { inherit (box) name drvPath system; config = builtins.fromTOML box.text0; image = box.image.drvPath; "
         f"plain = (flake.lib.mkImage {{ workspace = {place}; }}).drvPath; inherit (box) files plugins; }}"
     )
