@@ -66,9 +66,11 @@ let
     rm -f usr/lib/python${locked.python}/EXTERNALLY-MANAGED
     program=$out/usr/bin/python${locked.python}
     chmod u+w $program
+    patch() { $p/${libraries}/${loader} --library-path $p/${libraries} $p/usr/bin/patchelf "$@" $program; }
     p=${patchelf}
-    $p/${libraries}/${loader} --library-path $p/${libraries} $p/usr/bin/patchelf \
-      --set-interpreter $out/${libraries}/${loader} --force-rpath --set-rpath $out/${libraries} $program
+    # In this order, and each by itself: otherwise patchelf 0.18 makes segments of it that overlap.
+    patch --force-rpath --set-rpath $out/${libraries}
+    patch --set-interpreter $out/${libraries}/${loader}
     site=$out/usr/lib/python3/dist-packages
     mkdir -p $site
     ${builtins.concatStringsSep "" (map install locked.python_packages)}

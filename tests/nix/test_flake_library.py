@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from nixbox.run import CommandError, run
 from tests.flakes import HELLO_LOCK, REPO, Clone, make_clone
 
 CONFIG = REPO / "nix" / "flake" / "config.nix"
+NAMES = ("image", "default")  # what examples/flake makes
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +275,25 @@ def test_a_sandbox_that_cannot_be_is_refused(clone: Clone, tmp_path: Path, more:
     place = workspace(tmp_path / "w", {"config.toml": 'packages = ["jq"]\n'}, ["jq"])
     with pytest.raises(CommandError, match=said):
         clone.value(f"(flake.lib.mkSandbox {{ workspace = {place}; {more} }}).drvPath")
+
+
+def test_the_template_of_a_flake_makes_both(clone: Clone, tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    shutil.copytree(REPO / "examples/flake", place)
+    lock = ("--override-input", "nixbox", f"path:{clone.repo}", "--no-write-lock-file")
+    run(["git", "init", "--quiet"], cwd=place, env=clone.env, timeout_s=60)
+    run(["git", "add", "--all"], cwd=place, env=clone.env, timeout_s=60)
+    with pytest.raises(CommandError, match=r"has no nixbox\.lock: `nixbox lock` makes it \(and git must know it\)"):
+        clone.nix("eval", *lock, ".#image.drvPath", cwd=place)
+    shutil.copy(HELLO_LOCK, place / ".nixbox/nixbox.lock")
+    run(["git", "add", "--all"], cwd=place, env=clone.env, timeout_s=60)
+    assert run(["git", "ls-files", ".nixbox"], cwd=place, env=clone.env, timeout_s=60).stdout.split() == [
+        ".nixbox/.gitignore",
+        ".nixbox/config.toml",
+        ".nixbox/nixbox.lock",
+    ]
+    system = "packages.x86_64-linux"
+    made = [json.loads(clone.nix("eval", "--json", *lock, f".#{system}.{n}.drvPath", cwd=place)) for n in NAMES]
+    assert [Path(drv).name[33:] for drv in made] == ["nixbox-image.drv", "nixbox-sandbox-hello.drv"]
+    # The very image of the flake's own example, whose configuration is the same.
+    assert made[0] == clone.eval(f".#{system}.image-hello-debian.drvPath")

@@ -80,12 +80,12 @@ def test_both_make_the_same_derivations(clones: tuple[Clone, Clone], output: str
 
 
 def test_a_sandbox_and_its_faults_are_the_same(clones: tuple[Clone, Clone]) -> None:
-    given = 'lock = ./repo/nix/flake/hello.lock; name = "demo"; packages = [ %s ]; config.resources.vcpus = 1;'
-    sandbox = f"(flake.lib.mkSandbox {{ {given % '"jq"'} }}).drvPath"
+    given = 'lock = ./repo/nix/flake/hello.lock; name = "demo"; config.resources.vcpus = 1;'
+    sandbox = f'(flake.lib.mkSandbox {{ {given} packages = [ "jq" ]; }}).drvPath'
     ours, newer = (clone.value(sandbox) for clone in clones)
     assert newer == ours
     with pytest.raises(CommandError, match=r"lock: has other packages \(gone: jq\)"):
-        clones[1].value(f"(flake.lib.mkSandbox {{ {given % ''} }}).drvPath")
+        clones[1].value(f"(flake.lib.mkSandbox {{ {given} }}).drvPath")
 
 
 def test_what_needs_nixpkgs_asks_for_the_pinned_one(clones: tuple[Clone, Clone]) -> None:
