@@ -100,6 +100,11 @@ class Clone:
     def eval(self, *words: str) -> Any:
         return json.loads(self.nix("eval", "--json", *words))
 
+    def physical(self, path: str) -> Path:
+        """Where a path of this clone's store lies."""
+        # Newer Nix gives a path that begins with the store's own directory already.
+        return Path(path) if path.startswith(str(self.store)) else Path(f"{self.store}{path}")
+
     def value(self, expression: str, name: str = "value") -> Any:
         """What an expression is; `flake` in it is this clone's."""
         file = self.top / f"{name}.nix"

@@ -263,6 +263,39 @@ def test_a_sandbox_s_workspace_is_its_configuration(clone: Clone, tmp_path: Path
     assert [line.split()[0] for line in made["plugins"].splitlines()] == ["b", "a"]
 
 
+@pytest.mark.parametrize("case", ["plain", "plugin", "all", "by path"])
+def test_nixbox_makes_the_sandbox_s_image_of_its_workspace(
+    clone: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    files, requested = WORKSPACES[case]
+    place = workspace(tmp_path / "w", files, requested)
+    locked = json.loads((place / ".nixbox/nixbox.lock").read_text())
+    (place / ".nixbox/nixbox.lock").write_text(
+        json.dumps(locked | {"requested": list(resolve.resolve(load.load(place)).image.packages)})
+    )
+    more = '{ name = "more"; build = "x"; }'
+    box = f'flake.lib.mkSandbox {{ name = "demo"; workspace = {place}; plugins = [ {more} ]; }}'
+    made = clone.value(
+        f"let box = {box}; in {{ image = box.image.drvPath; inherit (box) files plugins;"
+        ' texts = map (name: box.${name}) (builtins.filter (n: builtins.match "text[0-9]+" n != null)'
+        " (builtins.sort (a: b: a < b) (builtins.attrNames box.drvAttrs))); }"
+    )
+    # What the build lays out, and sandbox.sh copies.
+    theirs = tmp_path / "theirs"
+    for line, text in zip(made["files"].splitlines(), made["texts"], strict=True):
+        write(theirs / ".nixbox", {"/".join(line.split()): text})
+    for line in made["plugins"].splitlines():
+        name, path = line.split()
+        shutil.copytree(clone.physical(path), theirs / ".nixbox/plugins" / name)
+    spec = resolve.resolve(load.load(theirs)).image
+    own = clone.top / "theirs.nix"
+    own.write_text(build.expression(spec, theirs / ".nixbox/nixbox.lock", {}))
+    assert clone.eval("--impure", "--file", str(own), "image.drvPath") == made["image"]
+    assert spec.build[-1].origin in ("plugin more", "profile dev")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
