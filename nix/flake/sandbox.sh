@@ -24,13 +24,16 @@ directory=${1:-.}
 [ $# = 0 ] || shift
 cd -- "$directory" 2>/dev/null || fail "there is no directory $directory, or it cannot be entered" "make it first"
 directory=$(pwd)
-[ ! -L .nixbox ] || fail "$directory/.nixbox is a link" "remove it, or use another directory"
 
 # Looked at all before any is written. config.toml comes last: until it is there, this is no workspace.
 files=$(cd "$ours" && $bb find . -type f ! -path ./config.toml | $bb sort)
 files=$(printf '%s\n./config.toml' "$files")
 IFS='
 '
+for place in $(cd "$ours" && $bb find . -type d); do
+  [ ! -L ".nixbox/$place" ] && [ ! -L .nixbox ] ||
+    fail "$directory/.nixbox or a directory in it is a link" "remove it, or use another directory"
+done
 for file in $files; do
   [ ! -e ".nixbox/$file" ] || $bb cmp -s "$ours/$file" ".nixbox/$file" ||
     fail "$directory/.nixbox/${file#./} is another one than @name@'s" "diff $ours/${file#./} .nixbox/${file#./}"
@@ -38,6 +41,7 @@ done
 for file in $files; do
   [ ! -e ".nixbox/$file" ] || continue
   $bb mkdir -p ".nixbox/$($bb dirname "$file")"
+  $bb rm -f ".nixbox/$file.new"
   $bb cp "$ours/$file" ".nixbox/$file.new"
   mode=644
   [ ! -x "$ours/$file" ] || mode=755

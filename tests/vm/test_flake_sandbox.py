@@ -124,7 +124,12 @@ def test_what_is_the_user_s_is_never_overwritten(sandbox: Program, directory: Pa
     (directory / "elsewhere").mkdir()
     (directory / ".nixbox").symlink_to("elsewhere")
     assert "is a link" in sandbox(directory, code=2).stderr
+    (directory / ".nixbox").unlink()
+    (directory / ".nixbox").mkdir()
+    (directory / ".nixbox/profiles").symlink_to("../elsewhere")
+    assert "is a link" in sandbox(directory, code=2).stderr
     assert list((directory / "elsewhere").iterdir()) == []
+    assert [path.name for path in (directory / ".nixbox").iterdir()] == ["profiles"]
     assert "there is no directory" in sandbox(directory / "none", code=2).stderr
     assert "unknown option" in sandbox("--up", code=2).stderr
     assert "usage: demo" in sandbox("--help").stdout
