@@ -73,7 +73,7 @@ def sandbox(home: Home) -> Iterator[Program]:
     given: dict[str, nixexpr.Value] = {
         "name": "demo",
         "nixbox": str(top / "nixbox"),
-        "plugins": [{"name": "mine", "scripts": ["echo from the plugin >/run/plugin"]}],
+        "plugins": [{"name": "mine", "scripts": ["echo from the plugin >/tmp/plugin"]}],
         "profile": {"name": "dev", "setup": "echo from the profile | sudo tee /etc/profiled"},
         "config": {"mounts": [], "resources": {"vcpus": 1, "memory": "320MiB", "disk": "1GiB"}},
     }
@@ -102,7 +102,7 @@ def test_any_directory_becomes_a_machine_of_its_image(sandbox: Program, director
     assert f"image {sandbox.image}" in up.stderr
     assert "building" not in up.stderr and "fetching" not in up.stderr
     assert sorted(path.name for path in directory.iterdir()) == [".nixbox", "mine.txt"]
-    said = sandbox(directory, "run", "--no-tty", "--", "cat", "/run/plugin", "/etc/profiled")
+    said = sandbox(directory, "run", "--no-tty", "--", "cat", "/tmp/plugin", "/etc/profiled")
     assert said.stdout == "from the plugin\nfrom the profile\n"
     record = json.loads((directory / ".nixbox/machines/demo/machine.json").read_text())
     assert record["image"] == sandbox.image
@@ -138,7 +138,7 @@ def test_what_is_the_user_s_is_never_overwritten(sandbox: Program, directory: Pa
 def test_only_the_image_that_building_would_give_is_taken(sandbox: Program, workspace: Workspace) -> None:
     workspace("image", "use", sandbox.image)
     assert workspace("build").stdout.strip() == sandbox.image
-    (workspace.path / ".nixbox/profiles").mkdir()
+    (workspace.path / ".nixbox/profiles").mkdir(exist_ok=True)
     (workspace.path / ".nixbox/profiles/other.toml").write_text('build = "touch /other"\n')
     other = workspace("image", "use", "--profile", "other", sandbox.image, code=2).stderr
     assert "is not the image of this workspace" in other
@@ -151,7 +151,7 @@ def test_only_the_image_that_building_would_give_is_taken(sandbox: Program, work
 
 def test_an_image_that_is_not_in_the_store_is_named(workspace: Workspace) -> None:
     """Of this lock with another build script: Nix knows its path, and nobody has built it."""
-    (workspace.path / ".nixbox/profiles").mkdir()
+    (workspace.path / ".nixbox/profiles").mkdir(exist_ok=True)
     (workspace.path / ".nixbox/profiles/other.toml").write_text('build = "touch /never-built"\n')
     refused = workspace("image", "use", "--profile", "other", "/nix/store/x", code=2).stderr
     path = refused.split("which is ")[1].split()[0]
