@@ -77,4 +77,4 @@ builtins.seq refused (runBusybox (texts // {
   sed -e "s:@sh@:$busybox/bin/busybox sh:" -e "s:@busybox@:$busybox/bin/busybox:" -e "s:@nixbox@:$nixbox:" \
     -e "s:@image@:$image:" -e "s:@ours@:$ours:" -e "s:@name@:$program:" $script > $out/bin/$program
   chmod 755 $out/bin/$program
-'')
+'' // { meta.mainProgram = name; }) # for `nix run`

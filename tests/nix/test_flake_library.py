@@ -252,10 +252,12 @@ def test_a_sandbox_s_workspace_is_its_configuration(clone: Clone, tmp_path: Path
     place = workspace(tmp_path / "w", files, requested)
     made = clone.value(
         f'let box = flake.lib.mkSandbox {{ name = "demo"; workspace = {place}; }};'
-        " in { inherit (box) name drvPath system; config = builtins.fromTOML box.text0; image = box.image.drvPath; "
+        " in { inherit (box) name drvPath system; inherit (box.meta) mainProgram; image = box.image.drvPath; "
+        "config = builtins.fromTOML box.text0; "
         f"plain = (flake.lib.mkImage {{ workspace = {place}; }}).drvPath; inherit (box) files plugins; }}"
     )
     assert (made["name"], made["system"]) == ("nixbox-sandbox-demo", "x86_64-linux")
+    assert made["mainProgram"] == "demo"
     assert made["image"] == made["plain"]
     given = tomllib.loads(files["config.toml"])
     assert made["config"] == given | {"base": "debian", "name": "demo", "packages": {"debian": ["tree"]}}
