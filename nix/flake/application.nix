@@ -81,10 +81,11 @@ let
     rm -rf $site/bin $site/*.data
     $program ${compile} $out/usr/lib/python${locked.python} $site
   '';
+  # Without nix/flake, which is for other flakes: a change there is not one of the application.
   part = name: builtins.path {
     inherit name;
     path = source + "/${name}";
-    filter = path: _: baseNameOf path != "__pycache__";
+    filter = path: _: !(builtins.elem (baseNameOf path) [ "__pycache__" "flake" ]);
   };
   launcher = ''
     #!@python@ -I
