@@ -10,7 +10,7 @@
 #   lock        a nixbox.lock: a path, or its content; the workspace's own if there is one
 #   portable    true: plugins that a path or GitHub names are called by their last part, as a copy would be
 #
-# Returns { base; packages; ownPackages; build; buildNetwork; lock; config; profile; plugins; }: `ownPackages` are the
+# Returns { base; packages; ownPackages; build; buildNetwork; sidecar; lock; config; profile; plugins; }: `ownPackages` are the
 # config's and the argument's alone, `build` is as ../image.nix takes it,
 # `profile` null or { name; data; }, `plugins` a list of { ref; name; data; directory; } (`directory` null for an
 # attribute set, `own` true for nixbox's). What is wrong is thrown with its file and field.
@@ -37,7 +37,9 @@ let
       "name" "profile" "base" "plugins" "packages" "scripts" "resources" "mounts" "network" "ports" "env" "hooks"
       "seeds" "ld_libraries" "debian" "machine"
     ];
-    profile = [ "description" "packages" "build" "build_network" "setup" "setup_env" "disk" ];
+    profile = [
+      "description" "packages" "build" "build_network" "sidecar" "sidecar_packages" "setup" "setup_env" "disk"
+    ];
     plugin = [
       "description" "packages" "build" "scripts" "requires_env" "network" "mounts" "hooks" "seeds" "commands"
       "ld_libraries"
@@ -58,7 +60,8 @@ let
     else if wrong "build" isString then fail file "build" "must be text in quotes, not ${kind data.build}"
     else if wrong "build_network" isBool then
       fail file "build_network" "must be true or false, not ${kind data.build_network}"
-    else builtins.seq (packagesOf file data) data;
+    else builtins.seq (packagesOf "packages" file data)
+      (builtins.seq (packagesOf "sidecar_packages" file data) (builtins.seq (sidecarOf file data) data));
 
   names = {
     debian = "[a-z0-9][a-z0-9+.-]+";
@@ -74,15 +77,26 @@ let
         else name)
       (builtins.length value);
   # A plain list is meant for whichever base there is, a table says for which.
-  packagesOf = file: data:
+  packagesOf = field: file: data:
     let
-      said = data.packages or [ ];
+      said = data.${field} or [ ];
       other = filter (key: !(names ? ${key})) (attrNames said);
-      all = builtins.mapAttrs (key: listed file "packages.${key}" key) said;
+      all = builtins.mapAttrs (key: listed file "${field}.${key}" key) said;
     in
-    if !(isAttrs said) then strict (listed file "packages" chosenBase said)
-    else if other != [ ] then fail file "packages.${head other}" "unknown field (known here: debian, nixpkgs)"
+    if !(isAttrs said) then strict (listed file field chosenBase said)
+    else if other != [ ] then fail file "${field}.${head other}" "unknown field (known here: debian, nixpkgs)"
     else builtins.deepSeq all (all.${chosenBase} or [ ]);
+  # Paths of the image. Which of them a guest cannot start without is nixbox's to say (nixbox/config/fields.py).
+  sidecarOf = file: data:
+    let
+      said = data.sidecar or [ ];
+      isPlain = path: isString path && match "(/[A-Za-z0-9._+@%:~-]+)+" path != null && match ".*/\\.\\.?(/.*)?" path == null;
+      wrong = filter (path: !(isPlain path)) said;
+    in
+    if !(isList said) then fail file "sidecar" "must be a list, not ${kind said}"
+    else if wrong != [ ] then
+      fail file "sidecar" "${builtins.toJSON (head wrong)} is not a path in the image: write it whole and plain, such as `/opt/jdk`"
+    else said;
   strict = v: builtins.deepSeq v v;
 
   # --- the user's own config ---
@@ -198,8 +212,10 @@ let
     layers;
   firstOf = builtins.foldl'
     (seen: s: if elem s.script (map (t: t.script) seen) then seen else seen ++ [ s ]) [ ];
-  ownPackages = joined (packagesOf configFile user ++ listed "packages" "packages" chosenBase packages);
-  allPackages = joined (concatMap (layer: packagesOf layer.file layer.data) layers ++ ownPackages);
+  ownPackages = joined (packagesOf "packages" configFile user ++ listed "packages" "packages" chosenBase packages);
+  allPackages = joined (concatMap (layer: packagesOf "packages" layer.file layer.data) layers ++ ownPackages);
+
+  sidecarPackages = if found == null then [ ] else joined (packagesOf "sidecar_packages" "profile" found.data);
 
   # --- the lock ---
   theLock =
@@ -214,8 +230,9 @@ let
   without = some: filter (x: !(elem x some));
   fitting =
     let
-      new = sorted (without theLock.requested allPackages);
-      gone = sorted (without allPackages theLock.requested);
+      beside = theLock.sidecar_requested or [ ];
+      new = sorted (without (theLock.requested ++ beside) (allPackages ++ sidecarPackages));
+      gone = sorted (without (allPackages ++ sidecarPackages) (theLock.requested ++ beside));
       suite = user.debian.suite or null;
       differences =
         (if new == [ ] then [ ] else [ "new: ${concatStringsSep ", " new}" ])
@@ -227,6 +244,7 @@ let
     else if chosenBase == "debian" && suite != null && suite != theLock.suite then
       refused "is for ${theLock.suite}, and the config says ${suite}"
     else if differences != [ ] then refused "has other packages (${concatStringsSep "; " differences})"
+    else if sorted beside != sorted sidecarPackages then refused "has other packages in the sidecar"
     else theLock;
 in
 {
@@ -235,6 +253,7 @@ in
   inherit ownPackages;
   build = firstOf scripts;
   buildNetwork = found != null && (found.data.build_network or false);
+  sidecar = if found == null then [ ] else joined (sidecarOf "profile" found.data);
   lock = fitting;
   config = user // { base = chosenBase; };
   profile = found;

@@ -15,6 +15,7 @@ let
 in
 (import ../image.nix ({
   inherit (described) lock;
+  inherit (described) sidecar;
   inherit mirrors;
   build = scripts;
   buildNetwork = if buildNetwork != null then buildNetwork else described.buildNetwork;

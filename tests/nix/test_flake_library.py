@@ -67,6 +67,14 @@ WORKSPACES: dict[str, tuple[dict[str, str], list[str]]] = {
         },
         ["jq", "tree", "xz-utils"],
     ),
+    "sidecar": (
+        {
+            "config.toml": 'profile = "dev"\npackages = ["jq"]\n',
+            "profiles/dev.toml": 'sidecar = ["/opt/jdk", "/srv", "/opt/jdk"]\n'
+            'sidecar_packages = { debian = ["tree"], nixpkgs = ["jdk"] }\n',
+        },
+        ["jq"],
+    ),
     "by path": (
         {
             "config.toml": 'plugins = ["./.nixbox/tools/mine"]\npackages = ["jq"]\n',
@@ -88,6 +96,11 @@ def test_a_workspace_makes_the_image_that_nixbox_makes(
     spec = resolve.resolve(load.load(place)).image
     if case == "plugin":  # whatever nixbox's own plugin says by now
         locked = json.loads((place / ".nixbox/nixbox.lock").read_text()) | {"requested": list(spec.packages)}
+        (place / ".nixbox/nixbox.lock").write_text(json.dumps(locked))
+    if case == "sidecar":
+        assert (spec.sidecar, spec.sidecar_packages) == (("/opt/jdk", "/srv"), ("tree",))
+        locked = json.loads((place / ".nixbox/nixbox.lock").read_text())
+        locked |= {"sidecar_requested": ["tree"], "sidecar_packages": locked["packages"][:1]}
         (place / ".nixbox/nixbox.lock").write_text(json.dumps(locked))
     assert sorted(spec.packages) == sorted(json.loads((place / ".nixbox/nixbox.lock").read_text())["requested"])
     own = clone.top / "own.nix"
@@ -184,6 +197,16 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
         {"config.toml": 'profile = "dev"\n', "profiles/dev.toml": 'build_network = "yes"\n'},
         "",
         r"profiles/dev\.toml: build_network: must be true or false, not text",
+    ),
+    "sidecar": (
+        {"config.toml": 'profile = "dev"\npackages = ["jq"]\n', "profiles/dev.toml": 'sidecar = ["/opt/../etc"]\n'},
+        "",
+        r'profiles/dev\.toml: sidecar: "/opt/\.\./etc" is not a path in the image',
+    ),
+    "other sidecar": (
+        {"config.toml": 'profile = "dev"\n', "profiles/dev.toml": 'sidecar_packages = ["jq"]\n'},
+        "",
+        r"lock: has other packages in the sidecar",
     ),
     "argument": (
         {"config.toml": 'packages = ["jq"]\n'},
