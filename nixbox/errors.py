@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # a bad argument, config, profile or lock: nothing was started
     HOST = 3  # the host lacks a program, a right or a device
     NOT_RUNNING = 4  # the machine is not there or not running
+    DIFFERS = 5  # `build --check`: the image was built again and is another one
     TIMEOUT = 124  # `run --timeout` ended the command (as timeout(1) does)
     RUN_FAILED = 125  # `run` itself failed, not the command (as docker and podman do)
     INTERRUPTED = 130  # Ctrl-C

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import copying, docs, env, mounts, net, plugins, prebuilt, seeds, stores, update, workspace
+from nixbox.cli import copying, docs, env, images, mounts, net, plugins, prebuilt, seeds, stores, update, workspace
 from nixbox.cli.common import Json, Machine, Profile, complete_machine, drop_displays, print_json, reporter, sandbox
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -412,7 +412,7 @@ app.command()(seeds.seed)
 app.command()(copying.cp)
 app.command()(workspace.lock)
 app.command()(update.update)
-app.command()(workspace.build)
+app.command()(images.build)
 app.command()(workspace.config)
 
 

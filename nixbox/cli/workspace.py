@@ -57,21 +57,6 @@ def lock() -> None:
     print("\n".join(changed) if changed else "nothing changed", file=sys.stdout if changed else sys.stderr)
 
 
-def build(
-    profile: Profile = None,
-    locked: Annotated[bool, typer.Option("--locked", help="Fail instead of changing nixbox.lock.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Build the image; prints its store path."""
-    box = sandbox(profile=profile)
-    image = box.build(locked=locked)
-    box.report.done()
-    if as_json:
-        print_json({"path": str(image.path), "root": str(image.root), "fresh": image.fresh, "image": image.meta})
-    else:
-        print(image.path)
-
-
 def config(
     profile: Profile = None,
     as_json: Json = False,

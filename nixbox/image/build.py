@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter, harmless
 
 _LOG_TAIL = 25
+_EVAL_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Image:
     path: Path
     root: Path
     fresh: bool
+    how: str = "there"  # before; else "built" or "substituted"
 
     def file(self, name: str) -> Path:
         """Where a file of the image really lies."""
@@ -54,6 +57,30 @@ class Image:
         """The parsed `image.json`."""
         data: dict[str, Any] = json.loads(self.file("image.json").read_text())
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A Nix binary cache that images are taken from.
+
+    `url` as Nix has it. Signatures count that are by one of `keys` (`NAME:BASE64`; where there are none, by those
+    that Nix's own configuration trusts); with `unsigned` none is asked for.
+    """
+
+    url: str
+    keys: tuple[str, ...] = ()
+    unsigned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Where else an image may come from than from a build on this host: a binary cache, Nix's remote builders."""
+
+    cache: Cache | None = None
+    builders: str | None = None
+
+
+HERE = Means()
 
 
 def expression(spec: ImageSpec, lock_file: Path, mirrors: Mapping[str, str]) -> str:
@@ -108,7 +135,7 @@ class BuildError(NixboxError):
     """`nix build` failed; the message names the derivation and shows the end of its log."""
 
 
-class _Log:
+class Log:
     """Follows `nix build --log-format internal-json`: what is being built, and the last lines of each."""
 
     def __init__(self, reporter: Reporter) -> None:
@@ -116,6 +143,7 @@ class _Log:
         self.names: dict[int, str] = {}
         self.lines: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=400))
         self.errors: list[str] = []
+        self.hosts: Counter[str] = Counter()  # how many derivations each remote builder was given
 
     def line(self, text: str) -> None:
         if not text.startswith("@nix "):
@@ -127,7 +155,11 @@ class _Log:
         match event:
             case {"action": "start", "type": 105, "id": ident, "fields": [str(drv), *_]}:
                 self.names[ident] = drv
-                self.reporter.phase(f"building {_title(drv)}")
+                host = event["fields"][1] if event["fields"][1:] else ""
+                if host:
+                    self.hosts[host] += 1
+                verb = "checking" if "checking" in str(event.get("text")) else "building"
+                self.reporter.phase(f"{verb} {title(drv)}" + (f" on {host}" if host else ""))
             case {"action": "result", "type": 101, "id": ident, "fields": [str(said), *_]}:
                 self.lines[self.names.get(ident, "")].append(_plain(said))
             case {"action": "msg", "level": 0, "msg": str(said)}:
@@ -140,7 +172,7 @@ class _Log:
         every = said + "\n".join(line for kept in self.lines.values() for line in kept)
         lines, reason = _relevant(lines)
         tail = "\n".join(f"  {line}" for line in lines[-_LOG_TAIL:])
-        what = f"building {_title(failed[0])} failed" if failed else f"nix build exited with {code}"
+        what = f"building {title(failed[0])} failed" if failed else f"nix build exited with {code}"
         if reason:
             what += f": {reason}"
         body = f"{what}\n{tail}" if tail else f"{what}:\n{said}"
@@ -148,7 +180,7 @@ class _Log:
 
 
 @contextmanager
-def _scratch() -> Iterator[str]:
+def scratch() -> Iterator[str]:
     """A place for Nix's build directories (a daemon has its own).
 
     Nix removes them itself, but on Ctrl-C it does so before the builder has ended, which leaves some; here all go.
@@ -182,7 +214,8 @@ def _relevant(lines: list[str]) -> tuple[list[str], str | None]:
     return lines[begin + 1 : end], lines[end].removeprefix("nixbox: ")
 
 
-def _title(drv: str) -> str:
+def title(drv: str) -> str:
+    """The name of a derivation or a store path, without its hash."""
     return re.sub(r"^[a-z0-9]{32}-|\.drv$", "", Path(drv).name)
 
 
@@ -200,8 +233,40 @@ def _hint(output: str, failed: list[str]) -> str | None:
     return None
 
 
-def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Reporter) -> Image:
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an expression comes to before anything is built: the image's derivation, and the path it will have."""
+
+    drv: Path
+    out: Path
+
+
+def evaluate(expression_text: str) -> Evaluated:
+    """Evaluate a generated expression; nothing is written to the store. Raises CommandError."""
+    argv = ["nix-instantiate", "--eval", "--json", "-A", "image.drvPath", "-A", "image.outPath", "-"]
+    done = run.run([*argv, *store.setup().options], stdin=expression_text, timeout_s=_EVAL_S, env=store.env())
+    drv, out = re.findall(r'"([^"]+)"', done.stdout)  # older Nix writes nothing between the two
+    return Evaluated(Path(drv), Path(out))
+
+
+def instantiate(expression_file: Path) -> Path:
+    """Write the derivation of an image, and all those that it needs, to the store; returns its path."""
+    argv = ["nix-instantiate", str(expression_file), "-A", "image", *store.setup().options]
+    return Path(run.run(argv, timeout_s=_EVAL_S, env=store.env()).stdout.strip())
+
+
+def agent(where: str | None) -> dict[str, str]:
+    """The caller's SSH agent, for Nix to reach a builder or a store by SSH (`where` names it)."""
+    socket = os.environ.get("SSH_AUTH_SOCK", "")
+    return {"SSH_AUTH_SOCK": socket} if where and socket else {}
+
+
+def build(
+    spec: ImageSpec, image_key: str, expression_text: str, reporter: Reporter, builders: str | None = None
+) -> Image:
     """Run `nix build` on a generated expression and root the result. Raises BuildError.
+
+    `builders` are Nix's remote builders, as its option of that name takes them.
 
     Ctrl-C ends Nix, which leaves no half-made path: outputs are registered when they are whole.
     """
@@ -214,15 +279,19 @@ def build(spec: ImageSpec, image_key: str, expression_text: str, reporter: Repor
     options = [*setup.options]
     if spec.build_network:
         options += ["--option", "sandbox", "relaxed"]  # the last one of a name counts
+    if builders is not None:
+        options += ["--option", "builders", builders]
     argv = ["nix", *options, "build", "--log-format", "internal-json", "--json", "-f", str(source)]
     argv += ["--out-link", str(root), "image", "inputs"]
-    log = _Log(reporter)
-    with _scratch() as scratch:
-        done = run.stream(argv, on_err=log.line, env=store.env() | {"TMPDIR": scratch})
+    log = Log(reporter)
+    with scratch() as directory:
+        done = run.stream(argv, on_err=log.line, env=store.env() | agent(builders) | {"TMPDIR": directory})
     if done.code != 0:
         raise log.failure(done.code)
     path = Path(json.loads(done.stdout)[0]["outputs"]["out"])
-    return Image(path, root, fresh=True)
+    for host, count in log.hosts.items():
+        reporter.note(f"{count} of its derivations were built on {host}")
+    return Image(path, root, fresh=True, how="built")
 
 
 def _plain(text: str) -> str:

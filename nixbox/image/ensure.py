@@ -10,7 +10,7 @@ from pathlib import Path
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError
 from nixbox.image import build, lockfile
-from nixbox.image.build import Image
+from nixbox.image.build import HERE, Image, Means
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
 
@@ -114,11 +114,13 @@ def ensure(
     *,
     locked: bool = False,
     libkrun: Path | None = None,
+    means: Means | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Image:
     """The built image of `spec`. Raises ConfigError when `locked` is set and the lock does not fit.
 
     `libkrun`: the library whose kernel an image for libkrun gets, where one is named (krunfw.locate).
+    `means`: a binary cache that is asked first, and builders; an image that is here already needs neither.
     `phase` is entered for each of the parts `lock` and `build`.
     """
     with phase("lock"), lockfile.one_at_a_time(workspace):
@@ -138,24 +140,65 @@ def ensure(
                 reporter.note(f"locked {len(changed)} packages in {paths.CONFIG_DIR}/{paths.LOCK_FILE}")
         # Read once: what is built is what the key was made of, whatever happens to the file meanwhile.
         text = lock_path(workspace).read_text()
+    means = means or HERE
     with phase("build"):
         image_key = build.key(spec, text)
         found = build.built(image_key)
         if found is not None:
             return found
-        return _build(workspace, text, spec, image_key, mirror, security, reporter, libkrun)
+        if means.cache is not None:
+            taken = _substitute(spec, text, image_key, means.cache, reporter)
+            if taken is not None:
+                return taken
+        expression = sources(workspace, text, spec, mirror, security, reporter, libkrun)
+        reporter.phase("evaluating the image")
+        try:
+            return build.build(spec, image_key, expression, reporter, means.builders)
+        finally:
+            reporter.done()
 
 
-def _build(
+def keep_lock(image_key: str, text: str) -> Path:
+    """Write what the key was made of, and nothing else, where the image's expression reads it."""
+    build.roots_dir().mkdir(parents=True, exist_ok=True)
+    path = build.roots_dir() / f"{image_key}.lock"
+    paths.write_atomic(path, lockfile.image_part(text))
+    return path
+
+
+def _substitute(spec: ImageSpec, text: str, image_key: str, cache: build.Cache, reporter: Reporter) -> Image | None:
+    """The image from a binary cache; None, and a note, where that has not got it."""
+    from nixbox.image import binary_cache, store
+
+    # No mirror decides what an image is, and nothing is fetched from one.
+    expression = build.expression(spec, keep_lock(image_key, text), {})
+    reporter.phase("evaluating the image")
+    path = build.evaluate(expression).out
+    reporter.phase(f"asking {cache.url} for the image")
+    if not binary_cache.has(cache, path):
+        reporter.note(f"{cache.url} has not got this image ({path.name}): it is built")
+        return None
+    reporter.phase(f"copying the image from {cache.url}")
+    binary_cache.take(cache, path)
+    paths.write_atomic(build.roots_dir() / f"{image_key}.nix", expression)
+    root = build.roots_dir() / image_key
+    store.add_root(root, path)
+    return Image(path, root, fresh=True, how="substituted")
+
+
+def sources(
     workspace: Path,
     text: str,
     spec: ImageSpec,
-    image_key: str,
     mirror: str | None,
     security: str | None,
     reporter: Reporter,
     libkrun: Path | None,
-) -> Image:
+) -> str:
+    """Put what an image is built of into the store; returns the expression that builds it.
+
+    `text` is the lock's. Raises GoneError, HostError, ConfigError, NixboxError.
+    """
     from nixbox.image import apt, fetch, lock, store
 
     if spec.build and spec.build_network and store.private_root() is not None:
@@ -163,17 +206,9 @@ def _build(
             "build_network needs root or a Nix daemon: in a store of your own Nix never lifts its sandbox",
             hint="on Debian: apt install nix-setup-systemd; or take build_network out of the profile",
         )
-    text = lockfile.image_part(text)  # all that the key was made of, and nothing else
-    loaded = lock.parse(text, lock_path(workspace))
-    build.roots_dir().mkdir(parents=True, exist_ok=True)
-    path = build.roots_dir() / f"{image_key}.lock"
-    paths.write_atomic(path, text)
+    loaded = lock.parse(lockfile.image_part(text), lock_path(workspace))
+    path = keep_lock(build.key(spec, text), text)
     mirrors = apt.mirrors(mirror, security)
     reporter.phase("looking for the packages in the Nix store")
     fetch.ensure(loaded, mirrors, reporter.transfer, libkrun)
-    reporter.phase("evaluating the image")
-    expression = build.expression(spec, path, mirrors.as_dict())
-    try:
-        return build.build(spec, image_key, expression, reporter)
-    finally:
-        reporter.done()
+    return build.expression(spec, path, mirrors.as_dict())

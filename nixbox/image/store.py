@@ -53,12 +53,26 @@ def private_root() -> Path | None:
     return (Path(data) if data.startswith("/") else Path.home() / ".local/share") / "nix/root"
 
 
+def through_daemon() -> bool:
+    """Whether Nix's daemon does what is asked here: it has rules of its own about whom it trusts."""
+    if private_root() is not None:
+        return False
+    remote = os.environ.get("NIX_REMOTE", "")
+    return remote == "daemon" or (not remote and not os.access(STORE.parent / "var/nix/db", os.W_OK))
+
+
 def is_there(path: Path) -> bool:
     """Whether a path of the store is in it."""
     try:
         return physical(path).exists()
     except OSError:
         return False
+
+
+def place(path: Path) -> Path:
+    """Where a path of the store itself lies, whatever it is: `physical` follows one that is a link."""
+    root = private_root()
+    return path if root is None else root / path.relative_to("/")
 
 
 def physical(path: Path) -> Path:
@@ -194,6 +208,48 @@ def requisites(path: Path) -> list[Path]:
     return [Path(line) for line in _nix(argv).stdout.split()]
 
 
+@dataclass(frozen=True, slots=True)
+class PathInfo:
+    """What the store knows of a path: the SHA-256 (hex) and size of its NAR, and what it refers to."""
+
+    path: Path
+    nar_sha256: str
+    nar_size: int
+    references: tuple[Path, ...]
+
+
+def path_infos(paths: Sequence[Path]) -> list[PathInfo]:
+    """What the store knows of these paths, in their order."""
+    if not paths:
+        return []
+    # Not `nix path-info --json`, whose form changes from version to version.
+    words = [str(path) for path in paths]
+    hashes = _nix(["nix-store", "--query", "--hash", *words]).stdout.split()
+    sizes = _nix(["nix-store", "--query", "--size", *words]).stdout.split()
+    found = []
+    for path, said, size in zip(paths, hashes, sizes, strict=True):
+        listed = _nix(["nix-store", "--query", "--references", str(path)]).stdout.split()
+        references = tuple(Path(line) for line in sorted(listed))
+        found.append(PathInfo(path, hash_hex(said), int(size), references))
+    return found
+
+
+def hash_hex(text: str) -> str:
+    """A SHA-256 in hex from Nix's own `sha256:BASE32` (or `sha256:HEX`). Raises ValueError."""
+    digest = text.removeprefix("sha256:")
+    if len(digest) == 64:
+        return bytes.fromhex(digest).hex()
+    number = 0
+    for i, letter in enumerate(reversed(digest)):
+        number |= _BASE32.index(letter) << (5 * i)
+    return number.to_bytes(32, "little").hex()
+
+
+def hash_base32(sha256_hex: str) -> str:
+    """A SHA-256 as Nix writes it: `sha256:BASE32`."""
+    return f"sha256:{_base32(bytes.fromhex(sha256_hex))}"
+
+
 def sizes(paths: Iterable[Path]) -> int:
     """Bytes that these store paths take together."""
     wanted = [str(path) for path in paths]
@@ -201,6 +257,12 @@ def sizes(paths: Iterable[Path]) -> int:
         return 0
     found = _nix(["nix-store", "--query", "--size", *wanted]).stdout.split()
     return sum(map(int, found))
+
+
+def deriver(path: Path) -> Path | None:
+    """The derivation that a store path was built by here; None for one that came from elsewhere."""
+    said = _nix(["nix-store", "--query", "--deriver", str(path)]).stdout.strip()
+    return Path(said) if said.endswith(".drv") else None
 
 
 def closure_size(path: Path) -> int:

@@ -24,7 +24,7 @@ from nixbox.session.seeds import Asking
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides
     from nixbox.guest.seed import Seeded
-    from nixbox.image.build import Image
+    from nixbox.image.build import Image, Means
     from nixbox.machine.accelerator import Choice
     from nixbox.machine.backend import Backend
     from nixbox.mounts.places import Place
@@ -92,8 +92,8 @@ class Sandbox:
         libkrun = backends.library(image)
         return ensure.relock(self.workspace, image, mirror, security, self.report, libkrun=libkrun)
 
-    def build(self, *, locked: bool = False, loaded: Loaded | None = None) -> Image:
-        """The image, built if need be. Raises BuildError, GoneError, ConfigError."""
+    def build(self, *, locked: bool = False, loaded: Loaded | None = None, means: Means | None = None) -> Image:
+        """The image, built if need be (`means`: or had elsewhere). Raises BuildError, GoneError, ConfigError."""
         from nixbox.image import ensure
         from nixbox.machine import backends
 
@@ -105,7 +105,7 @@ class Sandbox:
             for origin, name in loaded.unserved:
                 self.report.note(f"note: {origin} names {name} for another base only; an image of {base} lacks it")
         where, libkrun = (self.workspace, image, mirror, security, self.report), backends.library(image)
-        return ensure.ensure(*where, locked=locked, libkrun=libkrun, phase=self.phase)
+        return ensure.ensure(*where, locked=locked, libkrun=libkrun, means=means, phase=self.phase)
 
     # --- up ---
 
