@@ -1,7 +1,7 @@
 """An image as one file: manifest, lock, and the image's closure as Nix archives; made on one host, used on another.
 
     manifest.json   what the image was made of, every store path with its hash, size and references
-    manifest.sig    only where a key signed it
+    manifest.sum    the manifest's own hash, and a signature where there was a key
     nixbox.lock
     nar/HASH.nar    each store path, not compressed: its SHA-256 is the NAR hash, which Nix checks as well
 
@@ -34,9 +34,9 @@ from nixbox.image.store import PathInfo
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
 
-_MANIFEST, _SIGNATURE, _LOCK = "manifest.json", "manifest.sig", "nixbox.lock"
+_MANIFEST, _SEAL, _LOCK = "manifest.json", "manifest.sum", "nixbox.lock"
 _MOST_MANIFEST = 64 << 20
-_MOST_SIGNATURE = 1 << 10
+_MOST_SEAL = 1 << 10
 _DUMP_END_S = 60.0
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
@@ -103,13 +103,12 @@ def export(
         paths=tuple(manifest.stored(info, key) for info in infos),
     )
     data = manifest.dump(made)
-    signature = manifest.sign(data, key) if key else None
-    size = ustar.length([len(data), *([len(signature)] if signature else []), *made.sizes])
+    seal = manifest.seal(data, key)
+    size = ustar.length([len(data), len(seal), *made.sizes])
     paths.require_space(target.parent, size, f"the archive {target.name}")
     with _whole(target) as file:
         ustar.write(file, _MANIFEST, data)
-        if signature:
-            ustar.write(file, _SIGNATURE, signature)
+        ustar.write(file, _SEAL, seal)
         ustar.write(file, _LOCK, encoded)
         done = 0
         for number, (info, path) in enumerate(zip(infos, made.paths, strict=True)):
@@ -183,9 +182,10 @@ def bring(
     with _opened(source) as file, tempfile.TemporaryDirectory(dir=parent) as work, _full_disk(parent):
         reader = ustar.Reader(file, str(source))
         data = reader.small(_MANIFEST, _MOST_MANIFEST)
-        signature = reader.small(_SIGNATURE, _MOST_SIGNATURE) if reader.next_is(_SIGNATURE) else None
-        said, signer = _believe(reader, data, signature, sha256, keys)
-        key, lock_text = _unpack(reader, said, signature, len(data), Path(work), reporter)
+        seal = reader.small(_SEAL, _MOST_SEAL)
+        said, signer = _believe(reader, data, seal, sha256, keys)
+        whole = ustar.length([len(data), len(seal), *said.sizes])
+        key, lock_text = _unpack(reader, said, whole, Path(work), reporter)
         _require_same(said, lock_text, Path(work))
         reporter.phase("putting the image into the Nix store")
         _add(said, Path(work))
@@ -221,17 +221,17 @@ def _full_disk(place: Path) -> Iterator[None]:
 
 
 def _believe(
-    reader: ustar.Reader, data: bytes, signature: bytes | None, sha256: str | None, keys: tuple[PublicKey, ...]
+    reader: ustar.Reader, data: bytes, seal: bytes, sha256: str | None, keys: tuple[PublicKey, ...]
 ) -> tuple[Manifest, str | None]:
     """The manifest, once it is the one that was meant; and who signed it, of the keys that were named."""
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and digest != sha256.lower():
         raise reader.error(f"its manifest's SHA-256 is {digest}, not {sha256.lower()}")
-    signer = manifest.signed_by(data, signature, keys) if signature else None
-    if keys and signer is None:
-        why = "is not signed" if signature is None else "is not signed by a key that was named, or was changed since"
-        raise reader.error(f"its manifest {why}")
     try:
+        signature = manifest.signature(data, seal)
+        signer = manifest.signed_by(data, signature, keys)
+        if keys and signer is None:
+            raise ValueError("its manifest is not signed" + (" by a key that was named" if signature else ""))
         said = manifest.parse(data)
     except ValueError as error:
         raise reader.error(str(error)) from None
@@ -241,11 +241,8 @@ def _believe(
     return said, signer
 
 
-def _unpack(
-    reader: ustar.Reader, said: Manifest, signature: bytes | None, manifest_bytes: int, work: Path, reporter: Reporter
-) -> tuple[str, str]:
+def _unpack(reader: ustar.Reader, said: Manifest, whole: int, work: Path, reporter: Reporter) -> tuple[str, str]:
     """Check every member and lay them out as a binary cache; returns the image's key and the lock."""
-    whole = ustar.length([manifest_bytes, *([len(signature)] if signature else []), *said.sizes])
     if reader.bytes < whole:
         raise reader.error(f"it is cut off: {whole - reader.bytes} of its {whole} bytes are missing")
     if reader.bytes > whole:

@@ -77,14 +77,23 @@ def push(url: str, path: Path, key: Path | None = None) -> None:
 
     Raises CacheError, ConfigError.
     """
-    target = url
-    if key is not None:
-        ed25519.secret_key(key)  # Nix itself would say less
-        target += ("&" if urlsplit(url).query else "?") + f"secret-key={quote(str(key.absolute()), safe='/')}"
-    argv = ["nix", *store.setup().options, *_ASK_ANEW, "copy", "--to", target, str(path)]
+    argv = ["nix", *store.setup().options, *_ASK_ANEW, "copy", "--to", _target(url, key), str(path)]
     done = run.stream(argv, env=store.env() | agent(url))
     if done.code != 0:
         raise _failure(url, done)
+
+
+def _target(url: str, key: Path | None) -> str:
+    """The URL with what Nix takes as a cache's parameters: how to compress, with which key to sign."""
+    said = urlsplit(url).query
+    more = []
+    if urlsplit(url).scheme not in ("ssh", "ssh-ng") and "compression=" not in said:
+        more.append("compression=zstd")  # xz, Nix's default: 137 s for an image that this does in 3
+    if key is not None:
+        ed25519.secret_key(key)  # Nix itself would say less
+        more.append(f"secret-key={quote(str(key.absolute()), safe='/')}")
+    joined = "&".join(([said] if said else []) + more)
+    return f"{url.partition('?')[0]}?{joined}" if joined else url
 
 
 def _failure(url: str, done: run.Completed) -> NixboxError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -144,12 +145,23 @@ def parse(data: bytes) -> Manifest:
     return found
 
 
-def sign(data: bytes, key: SecretKey) -> bytes:
-    """The member that signs a manifest."""
-    return f"{key.sign(_DOMAIN + data)}\n".encode()
+def seal(data: bytes, key: SecretKey | None) -> bytes:
+    """The member behind a manifest: a line with the SHA-256 of it and of the rest, and a signature if there is a key.
+
+    The sum tells of accidents only; who changes the manifest changes it too.
+    """
+    signature = f"{key.sign(_DOMAIN + data)}\n".encode() if key else b""
+    return hashlib.sha256(data + signature).hexdigest().encode() + b"\n" + signature
 
 
-def signed_by(data: bytes, signature: bytes, keys: tuple[PublicKey, ...]) -> str | None:
-    """The name of that one of the keys whose signature of the manifest it is."""
-    text = signature.decode("ascii", errors="replace").strip()
+def signature(data: bytes, sealed: bytes) -> str:
+    """The signature of a manifest as its seal has it, not checked; empty without one. Raises ValueError."""
+    line, _, rest = sealed.partition(b"\n")
+    if line != hashlib.sha256(data + rest).hexdigest().encode():
+        raise ValueError("manifest.json or manifest.sum is damaged: the two do not fit")
+    return rest.decode("ascii", errors="replace").strip()
+
+
+def signed_by(data: bytes, text: str, keys: tuple[PublicKey, ...]) -> str | None:
+    """The name of that one of the keys whose signature of the manifest `text` is."""
     return next((key.name for key in keys if key.accepts(_DOMAIN + data, text)), None)

@@ -58,7 +58,9 @@ def through_daemon() -> bool:
     if private_root() is not None:
         return False
     remote = os.environ.get("NIX_REMOTE", "")
-    return remote == "daemon" or (not remote and not os.access(STORE.parent / "var/nix/db", os.W_OK))
+    if remote:
+        return remote == "daemon" or remote.startswith("unix:")
+    return not os.access(STORE.parent / "var/nix/db", os.W_OK)
 
 
 def is_there(path: Path) -> bool:

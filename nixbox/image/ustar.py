@@ -74,22 +74,16 @@ class Reader:
         self.file = file
         self.what = what
         self.bytes = os.fstat(file.fileno()).st_size
-        self._ahead: bytes | None = None
 
     def error(self, why: str) -> ArchiveError:
         """What is wrong with the archive, and what to do."""
         return ArchiveError(f"{self.what}: {why}", hint="fetch or export it again: nothing of it was used")
 
     def _block(self, name: str) -> bytes:
-        block, self._ahead = self._ahead or self.file.read(BLOCK), None
+        block = self.file.read(BLOCK)
         if len(block) < BLOCK:
             raise self.error(f"it ends before {name}")
         return block
-
-    def next_is(self, name: str) -> bool:
-        """Whether the next member says that it is called so."""
-        self._ahead = self._ahead or self.file.read(BLOCK)
-        return self._ahead[:100].rstrip(b"\0") == name.encode()
 
     def small(self, name: str, most: int) -> bytes:
         """The next member, which must be called `name`; its size is not known, and at most `most` bytes."""
@@ -140,5 +134,5 @@ class Reader:
 
     def end(self) -> None:
         """The archive ends here, with nothing behind it."""
-        if self._ahead is not None or self.file.read(len(END) + 1) != END:
+        if self.file.read(len(END) + 1) != END:
             raise self.error("it does not end where it should")
