@@ -93,9 +93,8 @@ def _means(url: str | None, keys: list[str], unsigned: bool, builders: str | Non
 
     if url is None and (keys or unsigned):
         raise ConfigError("--public-key and --unsigned are about what --from URL gives")
-    if builders is not None and not builders.strip():
-        raise ConfigError("--builders names no builder", hint="--builders ssh://HOST, or @FILE (nix.conf: builders)")
-    return Means(binary_cache.cache(url, keys, unsigned) if url is not None else None, builders)
+    cache = binary_cache.cache(url, keys, unsigned) if url is not None else None
+    return Means(cache, binary_cache.check_builders(builders) if builders is not None else None)
 
 
 @image_app.command("export")

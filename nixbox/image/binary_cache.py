@@ -25,7 +25,10 @@ class CacheError(NixboxError):
 
 def check_url(url: str, option: str) -> str:
     """A cache's URL as Nix takes it. Raises ConfigError: a bare path means another kind of store to Nix."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {harmless(url)!r} is no URL: {error}", hint="file:///srv/cache") from None
     if parts.scheme not in _SCHEMES or any(c.isspace() or not c.isprintable() for c in url):
         mend = f"file://{Path(url).absolute()}" if not parts.scheme else f"one of {', '.join(_SCHEMES)}"
         raise ConfigError(f"{option} takes the URL of a Nix binary cache, not {harmless(url)!r}", hint=mend)
@@ -34,6 +37,23 @@ def check_url(url: str, option: str) -> str:
     if parts.scheme in ("http", "https", "ssh", "ssh-ng", "s3") and not parts.netloc:
         raise ConfigError(f"{option}: {harmless(url)} names no host", hint=f"{parts.scheme}://HOST/…")
     return url
+
+
+def check_builders(spec: str) -> str:
+    """Remote builders as Nix takes them (nix.conf, `builders`). Raises ConfigError for those that can be none."""
+    machines = [words for line in spec.replace(";", "\n").splitlines() if (words := line.split())]
+    if not machines or any(not c.isprintable() and c != "\n" for c in spec):
+        raise ConfigError("--builders names no builder", hint="--builders ssh://HOST, or @FILE (nix.conf: builders)")
+    for words in machines:
+        if words[0].startswith("@") and not Path(words[0][1:]).is_file():
+            raise ConfigError(f"--builders: there is no file {words[0][1:]}")
+        if words[0].partition("?")[0] in ("localhost", "ssh://localhost", "ssh-ng://localhost"):
+            # Nix then runs no ssh but itself, on the very store whose lock it holds.
+            raise ConfigError(
+                f"--builders: to Nix {words[0]} is this host's own store, and it would wait for itself for ever",
+                hint="without --builders it builds here; another name (ssh://127.0.0.1) goes by SSH",
+            )
+    return spec
 
 
 def cache(url: str, keys: Sequence[str], unsigned: bool) -> Cache:

@@ -233,6 +233,7 @@ def _cpio(data: bytes) -> Iterator[tuple[str, Entry]]:
             ),
         )
         at = begin + (size + 3) // 4 * 4
+    raise Unreadable("a cpio archive without an end")
 
 
 class _Erofs:

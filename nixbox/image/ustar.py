@@ -43,8 +43,6 @@ def header(name: str, size: int) -> bytes:
         (148, b" " * 8),  # the sum, as it counts in itself
         (156, b"0"),  # a plain file
         (257, b"ustar\x0000"),
-        (329, b"0000000"),  # device
-        (337, b"0000000"),
     )
     for offset, value in fields:
         block[offset : offset + len(value)] = value

@@ -23,74 +23,17 @@ import pytest
 
 from nixbox import paths
 from nixbox.errors import ConfigError, ExitCode, HostError, NixboxError
-from nixbox.image import archive, binary_cache, build, check, ed25519, ensure, images, lock, manifest, store
-from nixbox.image.lock import Bootstrap, Lock, LockedPackage
+from nixbox.image import archive, binary_cache, build, check, ed25519, ensure, images, manifest, store
 from nixbox.image.ustar import ArchiveError
-from nixbox.plan.model import ImageSpec, Script
+from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
+from tests import tiny
+from tests.tiny import lock_text, spec
 
-BUSYBOX = shutil.which("busybox", path="/bin:/usr/bin")
 pytestmark = [
     pytest.mark.skipif(shutil.which("nix-store") is None, reason="no nix-store on this host"),
-    pytest.mark.skipif(BUSYBOX is None, reason="no static busybox on this host"),
+    pytest.mark.skipif(tiny.BUSYBOX is None, reason="no static busybox on this host"),
 ]
-
-IMAGE = """
-{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false }:
-let
-  b = "${./tools}/bin/busybox";
-  run = name: script: derivation {
-    inherit name;
-    system = builtins.currentSystem;
-    builder = b;
-    args = [ "sh" "-euc" "b=${b}\\n${script}" ];
-  };
-  initrd = run "tiny-initrd" "echo ${lock.suite} > $out";
-  meta = builtins.toJSON {
-    inherit (lock) arch base suite requested;
-    packages = [ ];
-    reproducible = !(buildNetwork && build != [ ]);
-  };
-  image = run "tiny-image" ''
-    $b mkdir -p $out/etc
-    $b ln -s ${initrd} $out/initrd
-    echo '${meta}' > $out/image.json
-    ${builtins.concatStringsSep "\\n" (map (s: s.script) build)}
-  '';
-in
-{ inherit image; inputs = initrd; }
-"""
-
-
-def package(name: str) -> LockedPackage:
-    """A package of which nothing exists but its name."""
-    return LockedPackage(
-        name=name, version="1", arch="amd64", repo="debian", path=f"pool/{name}.deb", size=1, sha256="0" * 64
-    )
-
-
-def lock_text(suite: str = "trixie") -> str:
-    """A whole lock, of which the tiny image uses the suite."""
-    return lock.dump(
-        Lock(
-            format=1,
-            base="debian",
-            suite=suite,
-            arch="amd64" if platform.machine() == "x86_64" else "arm64",
-            requested=(),
-            base_requested=(),
-            bootstrap=Bootstrap(package=package("busybox-static"), nar_hash="sha256-" + "A" * 43 + "="),
-            kernel=package("linux"),
-            tools=(),
-            base_packages=(package("bash"),),
-            packages=(),
-        )
-    )
-
-
-def spec(*scripts: str, network: bool = False) -> ImageSpec:
-    """What the tiny image is to be; the scripts write below $out."""
-    return ImageSpec("debian", "trixie", (), tuple(Script("profile dev", text) for text in scripts), network)
 
 
 @dataclass
@@ -134,11 +77,7 @@ class Hosts:
 @pytest.fixture
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     """Hosts without anything in their stores, and the tiny image's files in the place of nixbox's own."""
-    nix = tmp_path / "nix"
-    (nix / "tools/bin").mkdir(parents=True)
-    assert BUSYBOX is not None
-    shutil.copy(BUSYBOX, nix / "tools/bin/busybox")
-    (nix / "image.nix").write_text(IMAGE)
+    nix = tiny.write(tmp_path / "nix")
     monkeypatch.setattr(paths, "nix_dir", lambda: nix)
     yield Hosts(tmp_path, monkeypatch)
     monkeypatch.undo()

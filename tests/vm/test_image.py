@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nixbox.image import ed25519
 from tests.vm.conftest import RESOURCES, Home, Workspace
 from tests.vm.test_lifecycle import Disk
 
@@ -35,18 +36,13 @@ def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
     build = "date -R -r / > /etc/when; useradd -m builder; mkdir /opt/side; date -R -r / > /opt/side/when"
     profile = f'packages = ["tree"]\nbuild = "{build}"\nsidecar = ["/opt/side"]\nsidecar_packages = ["jq"]\n'
     workspace.config(CONFIG, profile)
-    path = workspace("build").stdout.strip()
-    drv = _nix(workspace, "nix-store", "--query", "--deriver", path).stdout.strip()
-    inputs = _nix(workspace, "nix-store", "--query", "--requisites", drv).stdout.split()
+    workspace("build")
     lock = (workspace.path / ".nixbox/nixbox.lock").read_text()
-    checked = []
-    for each in inputs:
-        # Fixed outputs (.debs, the bootstrap) are what their hash says; everything that is built is built again.
-        if each.endswith(".drv") and not each.endswith((".deb.drv", ".so.5.drv", "nixbox-busybox.drv")):
-            done = _nix(workspace, "nix-store", "--realise", "--check", each)
-            assert done.returncode == 0, done.stderr[-3000:]
-            checked.append(each[44:-4])
-    assert sorted(checked) == [
+    done = workspace("build", "--check", "--json")
+    found = json.loads(done.stdout)["check"]
+    assert found["agrees"] is True
+    # Fixed outputs (.debs, the bootstrap) are what their hash says; everything that is built is built again.
+    assert sorted(row["name"] for row in found["derivations"]) == [
         "nixbox-debian-base.squashfs",
         "nixbox-debian-built.squashfs",
         "nixbox-debian-host-tools",
@@ -60,6 +56,118 @@ def test_the_same_lock_gives_the_same_bits(workspace: Workspace) -> None:
         "nixbox-initrd",
         *(["nixbox-krun-boot", "nixbox-krun-kernel"] if "krun" in json.loads(lock) else []),
     ]
+    assert all(row["agrees"] and not row["differences"] for row in found["derivations"])
+    assert "built again, and the same bit for bit" in done.stderr
+
+
+def test_a_build_that_comes_out_otherwise_is_told_by_file(workspace: Workspace) -> None:
+    script = "head -c 16 /dev/urandom > /etc/random; echo same > /etc/same; chmod $((600 + $$ % 2 * 40)) /etc/same"
+    script += "; echo x > /etc/$(cat /proc/sys/kernel/random/uuid)"
+    workspace.config(CONFIG, f"build = {json.dumps(script)}\n")
+    before = workspace("build").stdout.strip()
+    failed = workspace("build", "--check", "--json", code=5)
+    found = {row["name"]: row for row in json.loads(failed.stdout)["check"]["derivations"]}
+    assert [name for name, row in found.items() if not row["agrees"]] == ["nixbox-debian-built.squashfs"]
+    rows = found["nixbox-debian-built.squashfs"]["differences"]
+    named = {(row["path"].partition(":")[2], row["what"]) for row in rows}
+    assert ("/etc/random", "content") in named
+    assert sum(what == "is there" for _, what in named) == 2, named
+    assert {path for path, _ in named} - {row["path"].partition(":")[2] for row in rows} == set()
+    assert all(path.startswith("/etc") for path, _ in named), named
+    assert "nixbox-debian-built.squashfs:/etc/random: content" in failed.stderr
+    assert workspace("build").stdout.strip() == before, "what was built stays"
+    workspace.config(CONFIG, f"build = {json.dumps(script)}\nbuild_network = true\n")
+    workspace("build")
+    refused = workspace("build", "--check", code=2)
+    assert "this image is not reproducible" in refused.stderr and "profile dev" in refused.stderr
+
+
+def test_an_image_goes_to_another_host_as_a_file(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.config(CONFIG, 'build = "echo from afar > /etc/used-elsewhere"\n')
+    facts = json.loads(workspace("build", "--json").stdout)
+    path, file = facts["path"], tmp_path / "image.tar"
+    sizes = {one["path"]: one["nar_size"] for one in facts["closure"]}
+    assert sum(sizes.values()) == facts["closure_size"] > facts["files"]["root.img"]["size"] > 50_000_000
+    asked = _nix(workspace, "nix-store", "--query", "--deriver", path).stdout.strip()
+    assert (asked, sizes[path], facts["reproducible"]) == (facts["drv"], facts["nar_size"], True)
+    pin = workspace("image", "export", str(file)).stdout.strip()
+    # Interrupted, and on a full disk, nothing of a file is left.
+    export = workspace.start("image", "export", str(tmp_path / "second.tar"))
+    while not list(tmp_path.glob(".second.tar.*")) and export.poll() is None:
+        time.sleep(0.005)
+    export.send_signal(signal.SIGINT)
+    export.communicate(timeout=60)
+    assert export.returncode == 130 and [one.name for one in tmp_path.iterdir()] == ["image.tar"]
+    disk = Disk(workspace.path / "small", "20m")
+    workspace.prefix = disk.prefix
+    try:
+        failed = workspace("image", "export", str(disk.place / "a.tar"), code=1)
+        assert "no space left for the archive a.tar" in failed.stderr
+        assert disk.sh(f"ls -A {disk.place}") == ""
+    finally:
+        workspace.prefix = ()
+        disk.close()
+
+    others = _roots_kept(workspace)
+    try:
+        workspace("image", "gc", "--yes")
+    finally:
+        for root, target in others.items():
+            root.symlink_to(target)
+    assert "is not valid" in _nix(workspace, "nix-store", "--query", "--hash", path).stderr
+    # Another workspace, without a lock; no mirror can be asked.
+    (workspace.path / ".nixbox/nixbox.lock").unlink()
+    mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
+    workspace.config(CONFIG + mirror, 'build = "echo from afar > /etc/used-elsewhere"\n')
+
+    bad = tmp_path / "bad.tar"
+    with file.open("rb") as whole, bad.open("wb") as out:
+        data = bytearray(whole.read())
+        data[len(data) // 2] ^= 1
+        out.write(data)
+    failed = workspace("image", "import", str(bad), code=1)
+    assert ".nar is damaged, or was changed" in failed.stderr
+    assert "its manifest's SHA-256 is" in workspace("image", "import", str(file), "--sha256", "0" * 64, code=1).stderr
+    assert not (workspace.path / ".nixbox/nixbox.lock").exists()
+    downloads = Path(workspace.env["HOME"]) / ".cache/nixbox/downloads"
+    taking = workspace.start("image", "import", str(file))
+    while not list(downloads.glob("*/nar/*")) and taking.poll() is None:
+        time.sleep(0.005)
+    taking.send_signal(signal.SIGINT)
+    taking.communicate(timeout=60)
+    assert taking.returncode == 130 and not list(downloads.iterdir())
+    assert "is not valid" in _nix(workspace, "nix-store", "--query", "--hash", path).stderr
+
+    taken = json.loads(workspace("image", "import", str(file), "--sha256", pin, "--json").stdout)
+    assert (taken["path"], taken["lock"], taken["fits"]) == (path, "written", True)
+    workspace("up", "--locked")
+    assert workspace.guest("cat /etc/used-elsewhere") == "from afar\n"
+    assert workspace.status()["image"] == path
+
+
+def test_an_image_comes_from_a_binary_cache(workspace: Workspace, server: tuple[str, Path]) -> None:
+    url, directory = server
+    workspace.config(CONFIG, 'build = "echo from a cache > /etc/used-cache"\n')
+    key, public = directory.parent / f"{directory.name}.key", directory.parent / f"{directory.name}.pub"
+    key.write_text(_nix(workspace, "nix", "key", "generate-secret", "--key-name", "ci-1").stdout)
+    path = workspace("build", "--store", f"file://{directory}", "--sign-key", str(key)).stdout.strip()
+    public.write_text(ed25519.secret_key(key).public)
+    others = _roots_kept(workspace)
+    try:
+        workspace("image", "gc", "--yes")
+    finally:
+        for root, target in others.items():
+            root.symlink_to(target)
+    refused = workspace("build", "--from", url, code=1)
+    assert "is not signed by a trusted key" in refused.stderr and "--public-key" in refused.stderr
+    mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
+    workspace.config(CONFIG + mirror, 'build = "echo from a cache > /etc/used-cache"\n')
+    taken = workspace("build", "--locked", "--from", url, "--public-key", public.read_text(), "--json")
+    data = json.loads(taken.stdout)
+    assert (data["path"], data["how"], data["fresh"]) == (path, "substituted", True)
+    assert f"the image came from {url}" in taken.stderr
+    again = workspace("build", "--from", url)
+    assert "the image was here already" in again.stderr
 
 
 def test_an_image_says_what_it_is(home: Home, workspace: Workspace) -> None:
@@ -116,7 +224,7 @@ def _roots_kept(box: Workspace) -> dict[Path, Path]:
 def _is_of_this_test(root: Path) -> bool:
     source = root.with_name(root.name.removesuffix("-1") + ".nix")
     text = source.read_text() if source.exists() else ""
-    return "/etc/used" in text or "/etc/unused" in text
+    return "/etc/used" in text or "/etc/unused" in text  # and all that begins like these
 
 
 def test_unknown_packages_are_named_with_their_near_names(workspace: Workspace) -> None:
