@@ -58,6 +58,10 @@ def build(
     elif sign_key is not None:
         raise ConfigError("--sign-key signs what --store URL puts into a binary cache")
     box = sandbox(profile=profile)
+    if check:
+        from nixbox.image import check as checking
+
+        checking.require_reproducible(box.plan().image)
     image = box.build(locked=locked, means=means)
     if take_from is not None:
         words = {"there": "was here already", "built": "was built here", "substituted": f"came from {take_from}"}
@@ -79,8 +83,6 @@ def build(
     else:
         print(image.path)
     if found is not None:
-        from nixbox.image import check as checking
-
         if failure := checking.report(found):
             raise failure
         print(f"built again, and the same bit for bit: {len(found)} derivations", file=sys.stderr)

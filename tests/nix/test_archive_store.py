@@ -9,13 +9,15 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import platform
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ import pytest
 
 from nixbox import paths
 from nixbox.errors import ConfigError, ExitCode, HostError, NixboxError
-from nixbox.image import archive, binary_cache, build, check, ed25519, ensure, images, manifest, store
+from nixbox.image import archive, binary_cache, build, check, ed25519, ensure, images, manifest, store, ustar
 from nixbox.image.ustar import ArchiveError
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
 from tests import tiny
-from tests.tiny import lock_text, spec
+from tests.tiny import Host, Hosts, lock_text, spec
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nix-store") is None, reason="no nix-store on this host"),
@@ -36,55 +38,7 @@ pytestmark = [
 ]
 
 
-@dataclass
-class Host:
-    """A host with a store and a cache directory of its own; `use` makes this process be on it."""
-
-    path: Path
-    patch: pytest.MonkeyPatch
-
-    def use(self) -> Host:
-        self.path.mkdir(exist_ok=True)
-        self.patch.setenv("NIX_REMOTE", str(self.path / "store"))
-        self.patch.setenv("XDG_CACHE_HOME", str(self.path / "cache"))
-        for cached in (store.private_root, store.setup):
-            cached.cache_clear()
-        return self
-
-    def build(self, what: ImageSpec, text: str) -> build.Image:
-        """Build the tiny image on this host."""
-        key = build.key(what, text)
-        expression = build.expression(what, ensure.keep_lock(key, text), {})
-        return build.build(what, key, expression, Reporter())
-
-    @property
-    def held(self) -> set[str]:
-        """The names of what is in the store, .drv files and tools apart."""
-        found = {path.name[33:] for path in (self.path / "store/nix/store").glob("*-tiny-*") if path.suffix != ".drv"}
-        return {name for name in found if not name.endswith(".lock")}
-
-
-class Hosts:
-    """As many hosts as a test names."""
-
-    def __init__(self, place: Path, patch: pytest.MonkeyPatch) -> None:
-        self.place, self.patch = place, patch
-
-    def __call__(self, name: str) -> Host:
-        return Host(self.place / name, self.patch).use()
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """Hosts without anything in their stores, and the tiny image's files in the place of nixbox's own."""
-    nix = tiny.write(tmp_path / "nix")
-    monkeypatch.setattr(paths, "nix_dir", lambda: nix)
-    yield Hosts(tmp_path, monkeypatch)
-    monkeypatch.undo()
-    for cached in (store.private_root, store.setup):
-        cached.cache_clear()
-    for path in tmp_path.glob("*/store"):  # read-only directories
-        subprocess.run(["chmod", "-R", "u+w", str(path)], check=True)
+hosts = pytest.fixture(tiny.hosts)
 
 
 def exported(host: Host, what: ImageSpec, target: Path, **options: Any) -> archive.Exported:
@@ -434,3 +388,51 @@ def test_another_architecture_is_refused(hosts: Hosts, tmp_path: Path, monkeypat
     with pytest.raises(HostError, match="this host is riscv64"):
         archive.bring(tmp_path / "a.tar", Reporter())
     assert laptop.held == set()
+
+
+# --- a daemon ---
+
+
+@pytest.mark.parametrize("trusted", [False, True], ids=["unknown key", "trusted key"])
+def test_a_daemon_takes_what_a_key_that_it_trusts_signed(hosts: Hosts, tmp_path: Path, trusted: bool) -> None:
+    """A real daemon on a store of its own, to which this user is nobody."""
+    key = ed25519.SecretKey("ci-1", b"k" * 32)
+    done = exported(hosts("ci"), spec(), tmp_path / "a.tar", key=key)
+    far = hosts("far")
+    (tmp_path / "conf").mkdir()
+    keys = f"trusted-public-keys = {key.public}\n" if trusted else ""
+    (tmp_path / "conf/nix.conf").write_text(f"build-users-group =\ntrusted-users = nobody\nsubstituters =\n{keys}")
+    with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 107 bytes
+        socket = Path(short) / "s"
+        env = dict(os.environ) | {"NIX_CONF_DIR": str(tmp_path / "conf"), "NIX_DAEMON_SOCKET_PATH": str(socket)}
+        with subprocess.Popen(["nix-daemon"], env=env, stderr=subprocess.DEVNULL) as daemon:
+            try:
+                for _ in range(200):
+                    if socket.exists():
+                        break
+                    time.sleep(0.05)
+                far.patch.setenv("NIX_REMOTE", f"unix://{socket}")
+                for cached in (store.private_root, store.setup):
+                    cached.cache_clear()
+                source = unpacked(tmp_path / "a.tar", tmp_path / "unpacked")
+                if trusted:
+                    binary_cache.take(source, done.image)
+                else:
+                    with pytest.raises(HostError, match="the Nix daemon refuses what is not signed"):
+                        binary_cache.take(source, done.image)
+                assert store.invalid([done.image]) == (set() if trusted else {done.image})
+            finally:
+                daemon.terminate()
+
+
+def unpacked(file: Path, work: Path) -> build.Cache:
+    """An archive as the binary cache that an import makes of it."""
+    work.mkdir()
+    with file.open("rb") as opened:
+        reader = ustar.Reader(opened, file.name)
+        data = reader.small("manifest.json", 1 << 20)
+        seal = reader.small("manifest.sum", 1 << 10)
+        said = manifest.parse(data)
+        whole = ustar.length([len(data), len(seal), *said.sizes])
+        archive._unpack(reader, said, whole, work, Reporter())
+    return build.Cache(f"file://{work}", unsigned=True)
