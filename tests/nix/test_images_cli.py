@@ -1,4 +1,4 @@
-"""`nixbox build`, `image export`, `image import` as they are typed, with the tiny image in stores of the tests' own."""
+"""`nixbox build`, `image export` and `import` as they are typed, with the tiny image in stores of the tests' own."""
 
 from __future__ import annotations
 
