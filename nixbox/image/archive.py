@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote
 
 from nixbox import __version__, paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
@@ -38,6 +37,7 @@ _MANIFEST, _SEAL, _LOCK = "manifest.json", "manifest.sum", "nixbox.lock"
 _MOST_MANIFEST = 64 << 20
 _MOST_SEAL = 1 << 10
 _DUMP_END_S = 60.0
+_PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
@@ -305,8 +305,24 @@ def _add(said: Manifest, work: Path) -> None:
                 "images that no machine uses",
             )
     if missing:
-        source = Cache(f"file://{quote(str(work))}", unsigned=True)  # what was to be checked was checked
-        binary_cache.take(source, Path(said.image))
+        with _plainly_named(work) as place:
+            source = Cache(f"file://{place}", unsigned=True)  # what was to be checked was checked
+            binary_cache.take(source, Path(said.image))
+
+
+@contextmanager
+def _plainly_named(directory: Path) -> Iterator[Path]:
+    """A name of a directory that is the same in a URL, whether Nix decodes that (newer) or not (2.8)."""
+    if _PLAIN.fullmatch(str(directory)):
+        yield directory
+        return
+    temporary = tempfile.gettempdir()
+    # Where even that has a strange name, the one that every system has; a directory of our own is made in it.
+    parent = temporary if _PLAIN.fullmatch(temporary) else "/tmp"  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="nixbox-import-", dir=parent) as short:
+        link = Path(short) / "cache"
+        link.symlink_to(directory)
+        yield link
 
 
 def check_sha256(text: str) -> str:

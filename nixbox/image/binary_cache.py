@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
@@ -68,7 +68,9 @@ def cache(url: str, keys: Sequence[str], unsigned: bool) -> Cache:
 def has(source: Cache, path: Path) -> bool:
     """Whether the cache has a store path. Raises CacheError when it cannot be asked."""
     argv = ["nix", *store.setup().options, *_ASK_ANEW, "path-info", "--store", source.url, str(path)]
-    if source.url.startswith("file:") and not Path(urlsplit(source.url).path).is_dir():
+    place = urlsplit(source.url).path
+    # Nix 2.8 takes a file's URL to the letter, newer ones decode it.
+    if source.url.startswith("file:") and not (Path(place).is_dir() or Path(unquote(place)).is_dir()):
         raise CacheError(f"there is no binary cache at {source.url}", hint="`nixbox build --store URL` makes one")
     done = run.run(argv, timeout_s=_ASK_S, check=False, env=store.env() | agent(source.url))
     if done.code == 0:

@@ -159,10 +159,11 @@ def report(found: Sequence[Checked]) -> DiffersError | None:
         return None
     lines = []
     for one in differing:
-        lines.append(f"{one.step.name}: {len(one.differences)} differences (built before / built now)")
+        count = len(one.differences)
+        lines.append(f"{one.step.name}: {count} difference{'s' if count > 1 else ''} (built before / built now)")
         lines += [f"  {difference.line()}" for difference in one.differences[:_SHOWN]]
-        if more := len(one.differences) - _SHOWN:
-            lines += [f"  … and {more} more (--json has all)"] if more > 0 else []
+        if count > _SHOWN:
+            lines.append(f"  … and {count - _SHOWN} more (--json has all)")
     body = "\n".join(lines)
     return DiffersError(
         f"{len(differing)} of {len(found)} builds of this image came out otherwise:\n{body}",

@@ -82,6 +82,17 @@ def test_what_one_host_built_another_has_by_a_file(hosts: Hosts, tmp_path: Path)
     assert images.collect([info]).paths >= 2 and laptop.held == set()
 
 
+@pytest.mark.parametrize("name", ["a b", "a%20b", "ü", "a?b", "a#b"])
+def test_a_cache_directory_may_have_any_name(hosts: Hosts, tmp_path: Path, name: str) -> None:
+    exported(hosts("ci"), spec(), tmp_path / "a.tar")
+    laptop = hosts("laptop")
+    laptop.patch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+    laptop.patch.setattr(tempfile, "tempdir", str(tmp_path))
+    archive.bring(tmp_path / "a.tar", Reporter())
+    assert laptop.held == {"tiny-image", "tiny-initrd"}
+    assert not list(tmp_path.glob("nixbox-import-*"))
+
+
 def test_a_flipped_byte_is_refused_wherever_it_is(hosts: Hosts, tmp_path: Path) -> None:
     exported(hosts("ci"), spec(), tmp_path / "good.tar", key=None)
     good = (tmp_path / "good.tar").read_bytes()
@@ -281,6 +292,8 @@ def test_a_changed_cache_is_refused(hosts: Hosts, tmp_path: Path) -> None:
     path = hosts("ci").build(spec("echo needle > $out/etc/x"), lock_text()).path
     (tmp_path / "cache").mkdir()
     file, public = secret(tmp_path)
+    (tmp_path / "a key").mkdir()
+    file = file.rename(tmp_path / "a key/%20")
     binary_cache.push(url, path, file)
     for nar in (tmp_path / "cache/nar").iterdir():
         nar.write_bytes(nar.read_bytes().replace(b"needle", b"noodle"))

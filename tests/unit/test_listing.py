@@ -187,6 +187,15 @@ def test_outputs_of_a_derivation(text: str, outputs: list[tuple[str, str]]) -> N
     assert check.outputs(text) == outputs
 
 
+def test_a_long_list_of_differences_is_cut_for_people_alone() -> None:
+    step = check.Step(Path("/nix/store/x.drv"), Path("/nix/store/" + "a" * 32 + "-out"))
+    many = check.Checked(step, tuple(Difference(f"out/{i}", "content", "a", "b") for i in range(100)))
+    error = check.report([many])
+    assert error is not None and "out: 100 differences" in error.message and "out/39: content: a / b" in error.message
+    assert "out/40:" not in error.message and "… and 60 more" in error.message
+    assert len(many.as_json()["differences"]) == 100  # type: ignore[arg-type]
+
+
 def test_what_is_no_derivation() -> None:
     with pytest.raises(NixboxError, match="not a derivation"):
         check.outputs("DrvWithVersion(")
