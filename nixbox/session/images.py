@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from nixbox.report import Reporter
     from nixbox.session import Sandbox
 
-# What a machine boots of an image, as far as it has it.
-_FILES = ("vmlinux", "bzImage", "initrd", "root.img", "krun/vmlinux", "image.json")
-
 
 def facts(workspace: Path, image: Image) -> dict[str, Any]:
     """All that tells an image from another: paths, hashes and sizes (bytes), for `nixbox build --json`."""
@@ -30,12 +27,12 @@ def facts(workspace: Path, image: Image) -> dict[str, Any]:
     infos = store.path_infos(sorted(store.requisites(image.path)))
     own = next(info for info in infos if info.path == image.path)
     files = {}
-    for name in _FILES:
-        try:
-            file = image.file(name)
-        except OSError:
-            continue
-        files[name] = {"sha256": listing.sha256(file), "size": file.stat().st_size}
+    directory = store.place(image.path)
+    for link in sorted(directory.rglob("*")):  # what is behind a link to a directory has a store path of its own
+        name = str(link.relative_to(directory))
+        file = image.file(name)
+        if file.is_file():
+            files[name] = {"sha256": listing.sha256(file), "size": file.stat().st_size}
     deriver = store.deriver(image.path)
     meta = image.meta
     return {

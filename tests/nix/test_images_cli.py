@@ -104,7 +104,7 @@ def test_from_a_build_to_another_workspace(hosts: Hosts, call: Call, monkeypatch
     closure = {one["path"]: one for one in facts["closure"]}
     assert facts["closure_size"] == sum(one["nar_size"] for one in closure.values())
     assert facts["nar_hash"] == closure[facts["path"]]["nar_hash"] == store.nar_hash(store.place(Path(facts["path"])))
-    assert set(facts["files"]) == {"initrd", "image.json"}
+    assert set(facts["files"]) == {"initrd", "image.json", "etc/x"}
     assert facts["files"]["initrd"]["size"] == len("trixie\n")
     assert facts["drv"].endswith("-tiny-image.drv")
     assert call("build", "--json").data["how"] == "there"
