@@ -50,11 +50,11 @@ def build(
     """Build the image; prints its store path."""
     means = _means(take_from, public_key or [], unsigned, builders)
     if push is not None:
-        from nixbox.image import binary_cache, ed25519
+        from nixbox.image import binary_cache, nixkey
 
         binary_cache.check_url(push, "--store")
         if sign_key is not None:
-            ed25519.secret_key(sign_key)
+            nixkey.secret_key(sign_key)
     elif sign_key is not None:
         raise ConfigError("--sign-key signs what --store URL puts into a binary cache")
     box = sandbox(profile=profile)
@@ -108,10 +108,10 @@ def image_export(
     as_json: Json = False,
 ) -> None:
     """Write this workspace's image, with its lock, to one file; prints the SHA-256 of its manifest."""
-    from nixbox.image import ed25519
+    from nixbox.image import nixkey
     from nixbox.session import images
 
-    key = ed25519.secret_key(sign_key) if sign_key is not None else None
+    key = nixkey.secret_key(sign_key) if sign_key is not None else None
     done = images.export(sandbox(profile=profile), file, key=key, force=force)
     if as_json:
         print_json(
@@ -141,10 +141,10 @@ def image_import(
     as_json: Json = False,
 ) -> None:
     """Take an image from such a file; in a workspace without a lock, its lock too. Prints the store path."""
-    from nixbox.image import archive, ed25519
+    from nixbox.image import archive, nixkey
     from nixbox.session import images
 
-    keys = tuple(ed25519.public_key(text) for text in public_key or [])
+    keys = tuple(nixkey.public_key(text) for text in public_key or [])
     pin = archive.check_sha256(sha256) if sha256 is not None else None
     done = images.bring(Path.cwd(), file, reporter(), sha256=pin, keys=keys)
     one = done.imported

@@ -27,8 +27,8 @@ from nixbox import __version__, paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.image import binary_cache, build, ensure, fetch, lock, lockfile, manifest, store, ustar
 from nixbox.image.build import Cache, Image
-from nixbox.image.ed25519 import PublicKey, SecretKey
 from nixbox.image.manifest import Manifest
+from nixbox.image.nixkey import PublicKey, SecretKey
 from nixbox.image.store import PathInfo
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
-from nixbox.image import ed25519, store
+from nixbox.image import nixkey, store
 from nixbox.image.build import Cache, agent
 from nixbox.report import harmless
 
@@ -61,7 +61,7 @@ def cache(url: str, keys: Sequence[str], unsigned: bool) -> Cache:
     if keys and unsigned:
         raise ConfigError("--public-key asks for signatures and --unsigned for none; choose one")
     for key in keys:
-        ed25519.public_key(key)
+        nixkey.public_key(key)
     return Cache(check_url(url, "--from"), tuple(key.strip() for key in keys), unsigned)
 
 
@@ -112,7 +112,7 @@ def _target(url: str, key: Path | None) -> str:
     if urlsplit(url).scheme not in ("ssh", "ssh-ng") and "compression=" not in said:
         more.append("compression=zstd")  # xz, Nix's default: 137 s for an image that this does in 3
     if key is not None:
-        ed25519.secret_key(key)  # Nix itself would say less
+        nixkey.secret_key(key)  # Nix itself would say less
         more.append(f"secret-key={quote(str(key.absolute()), safe='/')}")
     joined = "&".join(([said] if said else []) + more)
     return f"{url.partition('?')[0]}?{joined}" if joined else url

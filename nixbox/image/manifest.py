@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nixbox.image import store
-from nixbox.image.ed25519 import PublicKey, SecretKey
 from nixbox.image.lock import Arch
+from nixbox.image.nixkey import PublicKey, SecretKey
 from nixbox.image.store import PathInfo
 from nixbox.image.ustar import MOST_BYTES
 from nixbox.plan.model import ImageSpec

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nixbox.image.archive import Exported, Imported
     from nixbox.image.build import Image
     from nixbox.image.check import Checked
-    from nixbox.image.ed25519 import PublicKey, SecretKey
+    from nixbox.image.nixkey import PublicKey, SecretKey
     from nixbox.report import Reporter
     from nixbox.session import Sandbox
 

@@ -25,7 +25,7 @@ import pytest
 
 from nixbox import paths
 from nixbox.errors import ConfigError, ExitCode, HostError, NixboxError
-from nixbox.image import archive, binary_cache, build, check, ed25519, ensure, images, manifest, store, ustar
+from nixbox.image import archive, binary_cache, build, check, ensure, images, manifest, nixkey, store, ustar
 from nixbox.image.ustar import ArchiveError
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
@@ -125,14 +125,14 @@ def test_a_changed_member_is_named(hosts: Hosts, tmp_path: Path) -> None:
 
 
 def test_a_pin_and_a_signature_say_who_made_it(hosts: Hosts, tmp_path: Path) -> None:
-    key = ed25519.SecretKey("ci-1", bytes(range(32)))
-    other = ed25519.SecretKey("ci-1", bytes(32))
+    key = nixkey.SecretKey("ci-1", bytes(range(32)))
+    other = nixkey.SecretKey("ci-1", bytes(32))
     ci = hosts("ci")
     plain = exported(ci, spec(), tmp_path / "plain.tar")
     signed = exported(ci, spec(), tmp_path / "signed.tar", key=key)
     assert (plain.signed_by, signed.signed_by) == (None, "ci-1")
     hosts("laptop")
-    public, wrong = (ed25519.public_key(one.public) for one in (key, other))
+    public, wrong = (nixkey.public_key(one.public) for one in (key, other))
     for file, options, words in (
         ("plain.tar", {"keys": (public,)}, "its manifest is not signed"),
         ("signed.tar", {"keys": (wrong,)}, "not signed by a key that was named"),
@@ -230,7 +230,7 @@ def secret(tmp_path: Path, name: str = "ci-1") -> tuple[Path, str]:
     public = subprocess.run(
         [*features, "convert-secret-to-public"], input=made.stdout, capture_output=True, check=True
     )
-    assert ed25519.secret_key(file).public == public.stdout.decode().strip(), "both say the same of a key"
+    assert nixkey.secret_key(file).public == public.stdout.decode().strip(), "both say the same of a key"
     return file, public.stdout.decode().strip()
 
 
@@ -409,7 +409,7 @@ def test_another_architecture_is_refused(hosts: Hosts, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("trusted", [False, True], ids=["unknown key", "trusted key"])
 def test_a_daemon_takes_what_a_key_that_it_trusts_signed(hosts: Hosts, tmp_path: Path, trusted: bool) -> None:
     """A real daemon on a store of its own, to which this user is nobody."""
-    key = ed25519.SecretKey("ci-1", b"k" * 32)
+    key = nixkey.SecretKey("ci-1", b"k" * 32)
     done = exported(hosts("ci"), spec(), tmp_path / "a.tar", key=key)
     far = hosts("far")
     (tmp_path / "conf").mkdir()

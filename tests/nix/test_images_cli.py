@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from nixbox import cli
+from nixbox import cli, ed25519
 from nixbox.cli import plugins
-from nixbox.image import ed25519, fetch, store
+from nixbox.image import fetch, nixkey, store
 from tests import tiny
 from tests.tiny import Hosts, lock_text
 
@@ -86,7 +86,7 @@ def workspace(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, lock: s
 
 def key_file(place: Path) -> tuple[Path, str]:
     """A secret key, and its public half."""
-    key = ed25519.SecretKey("ci-1", b"k" * 32)
+    key = nixkey.SecretKey("ci-1", b"k" * 32)
     file = place / "ci.secret"
     file.write_text(f"ci-1:{base64.b64encode(key.seed + ed25519.public_half(key.seed)).decode()}\n")
     return file, key.public

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nixbox import run
+from nixbox import ed25519, run
 from nixbox.errors import ConfigError, HostError
-from nixbox.image import binary_cache, ed25519, store
+from nixbox.image import binary_cache, nixkey, store
 
-KEY = ed25519.SecretKey("k-1", b"k" * 32).public
+KEY = nixkey.SecretKey("k-1", b"k" * 32).public
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_signatures_are_asked_for_or_not() -> None:
 
 def test_parameters_join_those_that_are_there(tmp_path: Path) -> None:
     key = tmp_path / "a key"
-    secret = ed25519.SecretKey("k-1", b"k" * 32)
+    secret = nixkey.SecretKey("k-1", b"k" * 32)
     key.write_text(f"k-1:{base64.b64encode(secret.seed + ed25519.public_half(secret.seed)).decode()}\n")
     quoted = str(key).replace(" ", "%20")
     target = binary_cache._target

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nixbox.image import ed25519
+from nixbox.image import nixkey
 from tests.vm.conftest import RESOURCES, Home, Workspace
 from tests.vm.test_lifecycle import Disk
 
@@ -151,7 +151,7 @@ def test_an_image_comes_from_a_binary_cache(workspace: Workspace, server: tuple[
     key, public = directory.parent / f"{directory.name}.key", directory.parent / f"{directory.name}.pub"
     key.write_text(_nix(workspace, "nix", "key", "generate-secret", "--key-name", "ci-1").stdout)
     path = workspace("build", "--store", f"file://{directory}", "--sign-key", str(key)).stdout.strip()
-    public.write_text(ed25519.secret_key(key).public)
+    public.write_text(nixkey.secret_key(key).public)
     others = _roots_kept(workspace)
     try:
         workspace("image", "gc", "--yes")
