@@ -17,6 +17,7 @@ EXIT_CODES: Mapping[ExitCode, str] = {
     ExitCode.USAGE: "A bad argument, config, profile or lock; nothing was started.",
     ExitCode.HOST: "The host lacks a program, a right or a device; `nixbox doctor` says which.",
     ExitCode.NOT_RUNNING: "The machine is not there or not running.",
+    ExitCode.DIFFERS: "`nixbox build --check` built something else than is there.",
     ExitCode.TIMEOUT: "`nixbox run --timeout` ended the command.",
     ExitCode.RUN_FAILED: "`nixbox run` itself failed, and not the command, whose own code it passes on.",
     ExitCode.INTERRUPTED: "Ctrl-C.",
