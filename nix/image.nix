@@ -4,18 +4,22 @@
 #   mirrors       where each repository of the lock is fetched from, e.g. { debian = "http://…/debian"; }
 #   build         [ { origin = "profile dev"; script = "…"; } ]: run in the image build, as root of the image
 #   buildNetwork  true: the build scripts may use the network, and the image is marked as not reproducible
-#   sidecar       [ "/opt/jdk" ]: paths that packages and build scripts made, which go to an image of their own
+#   sidecar       [ "/opt/jdk" ]: paths that packages and build scripts made, which go to an image of their own; for the
+#                 Debian base only
+#   ldLibraries   attributes of nixpkgs whose libraries programs from elsewhere find; for that base only
+#   allowUnfree   true: packages of nixpkgs may have a licence that is not free
 #
 # Returns { image; inputs; }: the image, and everything that a rebuild needs.
-{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false, sidecar ? [ ] }:
+{ lock, mirrors ? { }, build ? [ ], buildNetwork ? false, sidecar ? [ ], ldLibraries ? [ ], allowUnfree ? false }:
 let
   systems = { amd64 = "x86_64-linux"; arm64 = "aarch64-linux"; };
   system = systems.${lock.arch} or (throw "nixbox: no image for the architecture ${lock.arch}");
-  bases = { debian = ./bases/debian; };
-  base = import (bases.${lock.base} or (throw "nixbox: no base named ${lock.base}")) {
-    inherit lock mirrors system build buildNetwork sidecar;
+  bases = { debian = ./bases/debian; nixpkgs = ./bases/nixpkgs; };
+  ofNixpkgs = lock.base == "nixpkgs";
+  base = import (bases.${lock.base} or (throw "nixbox: no base named ${lock.base}")) ({
+    inherit lock mirrors system build buildNetwork;
     guest = ./guest;
-  };
+  } // (if ofNixpkgs then { inherit ldLibraries allowUnfree; } else { inherit sidecar; }));
   imageJson = builtins.toJSON ({
     format = 1;
     inherit (lock) arch;
@@ -25,7 +29,8 @@ let
     build = map (s: s.origin) build;
     reproducible = !(buildNetwork && build != [ ]);
     packages = base.packages;
-  } // (if base.krun == null then { } else { krun = { inherit (lock.krun) release origin; }; }));
+  } // (if ofNixpkgs then { inherit (lock) nixpkgs; inherit ldLibraries; } else { })
+    // (if base.krun == null then { } else { krun = { inherit (lock.krun) release origin; }; }));
 in
 {
   inherit (base) inputs;

@@ -10,7 +10,7 @@
 #   lock        a nixbox.lock: a path, or its content; the workspace's own if there is one
 #   portable    true: plugins that a path or GitHub names are called by their last part, as a copy would be
 #
-# Returns { base; packages; ownPackages; build; buildNetwork; sidecar; lock; config; profile; plugins; }: `ownPackages` are the
+# Returns { base; packages; ownPackages; build; buildNetwork; sidecar; ldLibraries; allowUnfree; lock; config; profile; plugins; }: `ownPackages` are the
 # config's and the argument's alone, `build` is as ../image.nix takes it,
 # `profile` null or { name; data; }, `plugins` a list of { ref; name; data; directory; } (`directory` null for an
 # attribute set, `own` true for nixbox's). What is wrong is thrown with its file and field.
@@ -35,7 +35,7 @@ let
   fields = {
     config = [
       "name" "profile" "base" "plugins" "packages" "scripts" "resources" "mounts" "network" "ports" "env" "hooks"
-      "seeds" "ld_libraries" "debian" "machine"
+      "seeds" "ld_libraries" "debian" "nixpkgs" "machine"
     ];
     profile = [
       "description" "packages" "build" "build_network" "sidecar" "sidecar_packages" "setup" "setup_env" "disk"
@@ -254,6 +254,9 @@ in
   build = firstOf scripts;
   buildNetwork = found != null && (found.data.build_network or false);
   sidecar = if found == null then [ ] else joined (sidecarOf "profile" found.data);
+  ldLibraries = joined (concatMap
+    (layer: listed layer.file "ld_libraries" "nixpkgs" (layer.data.ld_libraries or [ ])) layers);
+  allowUnfree = user.nixpkgs.allow_unfree or false;
   lock = fitting;
   config = user // { base = chosenBase; };
   profile = found;

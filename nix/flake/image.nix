@@ -19,4 +19,4 @@ in
   inherit mirrors;
   build = scripts;
   buildNetwork = if buildNetwork != null then buildNetwork else described.buildNetwork;
-} // options)).image
+} // (if described.base == "nixpkgs" then { inherit (described) ldLibraries allowUnfree; } else { }) // options)).image

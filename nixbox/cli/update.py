@@ -6,13 +6,18 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json, reporter
+from nixbox.cli.common import Json, print_json, reporter, sandbox
 from nixbox.config.names import shown
 from nixbox.errors import ConfigError, NixboxError
+
+if TYPE_CHECKING:
+    from nixbox.image.update import Move
+
+BASES = ("nixpkgs", "debian")
 
 
 class _Named(Exception):
@@ -62,7 +67,7 @@ def choose(words: Sequence[str], refs: Sequence[str]) -> list[str]:
 
 
 def complete_pinned(incomplete: str) -> list[str]:
-    """The pinned plugins of the workspace, for shell completion."""
+    """The bases and the pinned plugins of the workspace, for shell completion."""
     from nixbox import paths
     from nixbox.image import pins
 
@@ -70,34 +75,73 @@ def complete_pinned(incomplete: str) -> list[str]:
         known = pins.read(paths.find_workspace(Path.cwd()))
     except NixboxError:
         return []
-    return sorted({pin.place.name for pin in known.values() if pin.place.name.startswith(incomplete)})
+    return sorted(name for name in {*BASES, *(p.place.name for p in known.values())} if name.startswith(incomplete))
 
 
 def update(
-    plugins: Annotated[
+    names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Plugins from GitHub; default: all.", metavar="[PLUGIN…]", autocompletion=complete_pinned
+            help="nixpkgs or debian, whichever the image is made of, and plugins from GitHub; default: all.",
+            metavar="[nixpkgs|debian|PLUGIN…]",
+            autocompletion=complete_pinned,
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would move.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Move plugins from GitHub to what their branch or tag is now, and show what changed."""
+    """Move what the lock pins to what there is now, and show what changed: packages, and plugins from GitHub."""
     from dataclasses import asdict
 
     from nixbox import paths
     from nixbox.image import pins
 
     workspace = paths.find_workspace(Path.cwd())
-    refs = references(workspace)
-    chosen = choose(plugins, refs) if plugins else None
-    changes = pins.update(workspace, refs, reporter(), chosen=chosen, dry_run=dry_run)
+    words = list(dict.fromkeys(names or ()))
+    base = [word for word in words if word in BASES]
+    plugins = [word for word in words if word not in BASES]
+    changes: list[pins.Change] = []
+    if plugins or not words:
+        refs = references(workspace)
+        chosen = choose(plugins, refs) if plugins else None
+        changes = pins.update(workspace, refs, reporter(), chosen=chosen, dry_run=dry_run)
+    move = _update_base(workspace, base, dry_run) if base or not words else None
     reporter().done()
     if as_json:
-        print_json([asdict(change) for change in changes])
-        return
-    for change in changes:
-        print(change)
-    if not changes:
-        print("nothing to update", file=sys.stderr)
+        print_json([asdict(change) for change in changes] + ([move.as_json()] if move else []))
+    else:
+        for line in [*map(str, changes), *(move.lines() if move else ())]:
+            print(line)
+    if not changes and not move:
+        if not as_json:
+            print("nothing to update", file=sys.stderr)
+    elif not dry_run:
+        _warn_running(workspace)
+
+
+def _update_base(workspace: Path, named: Sequence[str], dry_run: bool) -> Move | None:
+    """Move the packages of the image, those of a base that is `named` or, if it is locked, of whichever it is."""
+    from nixbox.image import update as moving
+
+    if not named and not moving.is_locked(workspace):
+        return None
+    box = sandbox()
+    loaded = box.load()
+    settings = loaded.settings
+    if other := [word for word in named if word != settings.base]:
+        raise ConfigError(
+            f"there is no {other[0]} to update: the image is made of {settings.base}",
+            hint=f'`nixbox update {settings.base}`; or base = "{other[0]}" in config.toml',
+        )
+    mirrors = settings.debian_mirror, settings.debian_security_mirror
+    return moving.base(workspace, box.plan(loaded).image, *mirrors, box.report, dry_run=dry_run)
+
+
+def _warn_running(workspace: Path) -> None:
+    """Say which machines go on with what was before."""
+    from nixbox.machine.record import all_machines
+
+    for machine in all_machines(workspace):
+        if machine.alive():
+            again = f"nixbox down {machine.name}; nixbox up {machine.name}"
+            print(f"note: `{machine.name}` is running on the old image: {again}", file=sys.stderr)

@@ -70,8 +70,9 @@ def config(
     if nix:
         from nixbox.image import apt, build, ensure
 
-        settings = loaded.settings
-        mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror).as_dict()
+        settings, mirrors = loaded.settings, {}
+        if settings.base == "debian":
+            mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror).as_dict()
         print(build.expression(box.plan(loaded).image, ensure.lock_path(box.workspace), mirrors), end="")
     elif as_json:
         print_json(show.to_json(loaded))

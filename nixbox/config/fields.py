@@ -200,6 +200,17 @@ def is_plugin_ref(value: object) -> bool:
     return isinstance(value, str) and plugin_fault(value) is None
 
 
+def _check_source(value: str) -> str:
+    form = f"{shown(value, most=100)} is no nixpkgs: write github:OWNER/REPO@BRANCH (or a tag, or a commit)"
+    try:
+        place = refs.parse(value)
+    except ValueError:
+        raise ValueError(form) from None
+    if place.subdir or place.ref is None:
+        raise ValueError(form)
+    return value
+
+
 def _check_package(base: str, value: str) -> str:
     pattern, wanted = _PACKAGE[base]
     if not pattern.fullmatch(value):
@@ -239,5 +250,6 @@ Mirror = Annotated[str, AfterValidator(_check_url)]
 Suite = Annotated[str, matching(r"[a-z][a-z0-9-]*", "a Debian suite such as `trixie`")]
 NixPackage = Annotated[str, AfterValidator(lambda value: _check_package("nixpkgs", value))]
 DebianPackage = Annotated[str, AfterValidator(lambda value: _check_package("debian", value))]
+NixpkgsSource = Annotated[str, AfterValidator(_check_source)]
 ListedPackage = Annotated[str, AfterValidator(_check_listed_package)]
 Program = Annotated[HostPath, AfterValidator(_check_program)]

@@ -424,6 +424,8 @@ def _settings(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings
         debian_mirror=values["debian.mirror"],
         debian_security_mirror=values["debian.security_mirror"],
         suite=values["debian.suite"],
+        nixpkgs=values["nixpkgs.source"],
+        allow_unfree=values["nixpkgs.allow_unfree"],
         accelerator=values["machine.accelerator"],
         backend=values["machine.backend"],
     )

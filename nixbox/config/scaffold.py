@@ -92,6 +92,12 @@ ${base}
 #security_mirror = "http://mirror.example/debian-security"
 #suite = "${suite}"
 
+[nixpkgs]
+# For base = "nixpkgs": a branch, tag or commit; nixbox.lock has the revision, and `nixbox update nixpkgs` moves it.
+#source = "${nixpkgs}"
+# true: also packages whose licence is not free.
+#allow_unfree = ${allow_unfree}
+
 [machine]
 # "auto" takes the best of "kvm", "hvf" and "tcg" that works here (`nixbox doctor` says which).
 #accelerator = "${accelerator}"
@@ -232,6 +238,8 @@ def config_text(*, name: str | None = None, base: str = "debian") -> str:
         mode=default.network.mode,
         allow_private=str(default.network.allow_private).lower(),
         suite=default.debian.suite,
+        nixpkgs=default.nixpkgs.source,
+        allow_unfree=json.dumps(default.nixpkgs.allow_unfree),
         accelerator=default.machine.accelerator,
         backend=default.machine.backend,
     )

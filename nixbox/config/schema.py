@@ -28,6 +28,7 @@ from nixbox.config.fields import (
     Mirror,
     Name,
     NixPackage,
+    NixpkgsSource,
     NoNul,
     PluginRef,
     Port,
@@ -166,6 +167,16 @@ class Debian(_Model):
     suite: Suite = Field(default="trixie", description="The release.")
 
 
+class Nixpkgs(_Model):
+    """Which nixpkgs the base of that name is made of, and what of it may be used."""
+
+    source: NixpkgsSource = Field(
+        default="github:NixOS/nixpkgs@nixos-unstable",
+        description="A branch, tag or commit on GitHub; `nixbox.lock` has the revision, `nixbox update` moves it.",
+    )
+    allow_unfree: bool = Field(default=False, description="true: also packages whose licence is not free.")
+
+
 class MachineTable(_Model):
     """How the machine is run."""
 
@@ -209,6 +220,7 @@ class Config(_Model):
         default=[], description="nixpkgs attributes whose libraries foreign programs find; for that base only."
     )
     debian: Debian = Field(default=Debian(), description="Where the Debian base comes from.")
+    nixpkgs: Nixpkgs = Field(default=Nixpkgs(), description="Which nixpkgs the base of that name is made of.")
     machine: MachineTable = Field(default=MachineTable(), description="How the machine is run.")
 
 

@@ -146,6 +146,8 @@ class Settings:
     debian_mirror: str | None
     debian_security_mirror: str | None
     suite: str
+    nixpkgs: str  # github:OWNER/REPO@REF
+    allow_unfree: bool
     accelerator: Accelerator
     backend: Backend
 

@@ -56,6 +56,7 @@ def _tree(settings: Settings) -> dict[str, Any]:
             "security_mirror": settings.debian_security_mirror,
             "suite": settings.suite,
         },
+        "nixpkgs": {"source": settings.nixpkgs, "allow_unfree": settings.allow_unfree},
         "machine": {"accelerator": settings.accelerator, "backend": settings.backend},
     }
 

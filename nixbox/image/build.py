@@ -92,6 +92,9 @@ def expression(spec: ImageSpec, lock_file: Path, mirrors: Mapping[str, str]) -> 
         arguments["buildNetwork"] = spec.build_network
     if spec.sidecar:
         arguments["sidecar"] = list(spec.sidecar)
+    if spec.base == "nixpkgs":
+        arguments["ldLibraries"] = list(spec.ld_libraries)
+        arguments["allowUnfree"] = spec.allow_unfree
     image = nixexpr.Call("import", paths.nix_dir() / "image.nix")
     return nixexpr.render(nixexpr.Call(image, arguments)) + "\n"
 
@@ -109,8 +112,10 @@ def key(spec: ImageSpec, lock_text: str) -> str:
             digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
-    said = [lockfile.image_part(lock_text), scripts, spec.build_network, *spec.sidecar]
-    digest.update(json.dumps(said).encode())
+    parts: list[object] = [lockfile.image_part(lock_text), scripts, spec.build_network, *spec.sidecar]
+    if spec.base == "nixpkgs":
+        parts += [spec.ld_libraries, spec.allow_unfree]
+    digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:32]
 
 
@@ -202,8 +207,8 @@ def scratch() -> Iterator[str]:
 def _relevant(lines: list[str]) -> tuple[list[str], str | None]:
     """The part of a log that is about the failure, and the reason where a step of ours named one.
 
-    The steps (nix/bases/debian/root.nix) say `nixbox: build of TITLE` before a script's output, and after it
-    `nixbox: the build of TITLE failed …`; what comes later is only cleaning up.
+    The steps (nix/bases: debian/root.nix, nixpkgs/layout/build) say `nixbox: build of TITLE` before what a script
+    says, and after it `nixbox: the build of TITLE failed …`; what comes later is only cleaning up.
     """
     marks = [i for i, line in enumerate(lines) if line.startswith("nixbox: ")]
     reasons = [i for i in marks if not lines[i].startswith(("nixbox: build of ", "nixbox: the image step failed "))]
@@ -276,7 +281,7 @@ def build(
     paths.write_atomic(source, expression_text)
     setup = store.setup()
     root = roots / image_key
-    options = [*setup.options]
+    options = [*(setup.options_of_nixpkgs if spec.base == "nixpkgs" else setup.options)]
     if spec.build_network:
         options += ["--option", "sandbox", "relaxed"]  # the last one of a name counts
     if builders is not None:

@@ -6,13 +6,18 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nixbox import paths, run
+from nixbox.config import refs
 from nixbox.errors import ConfigError, HostError
 from nixbox.image import build, lockfile
 from nixbox.image.build import HERE, Image, Means
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
+
+if TYPE_CHECKING:
+    from nixbox.image.lock import AnyLock
 
 # Of the image's base set (resolve.BASE_REQUEST), what nix/guest cannot do without and older locks may lack.
 _GUEST_NEEDS = {"dropbear-bin", "openssh-server", "e2fsprogs"}
@@ -30,24 +35,44 @@ def stale(workspace: Path, spec: ImageSpec) -> str | None:
         data = json.loads(lock_path(workspace).read_text())
         if lockfile.only_pins(data):
             return "there is no lock yet"
-        suite, requested, base = data["suite"], sorted(data["requested"]), set(data["base_requested"])
-        tools, beside = {tool["name"] for tool in data["tools"]}, sorted(data.get("sidecar_requested", ()))
+        why = _other_base(data, spec) or _other_request(data, spec) or _too_old(data)
     except FileNotFoundError:
         return "there is no lock yet"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if suite != spec.suite:
-        return f"the lock is for {suite}, the config says {spec.suite}"
-    wanted = [*spec.packages, *spec.sidecar_packages]
-    if requested != sorted(spec.packages) or beside != sorted(spec.sidecar_packages):
-        had = {*requested, *beside}
-        new, gone = sorted({*wanted} - had), sorted(had - {*wanted})
-        said = [f"{verb}: {', '.join(names)}" for verb, names in (("new", new), ("gone", gone)) if names]
-        return "; ".join(said) or "packages went to the sidecar, or came from it"
-    if not base >= _GUEST_NEEDS or "erofs-utils" not in tools or "host" not in data:
-        return "the lock was made by an older nixbox"
-    if spec.krun and data.get("krun") is None:
+    if why is None and spec.krun and data.get("krun") is None:
         return _NO_KRUN
+    return why
+
+
+def _other_base(data: Any, spec: ImageSpec) -> str | None:
+    if data["base"] != spec.base:
+        return f"the lock is for {data['base']}, the config says {spec.base}"
+    if spec.base == "nixpkgs":
+        pin, place = data["nixpkgs"], refs.parse(spec.nixpkgs)
+        if (pin["owner"], pin["repo"], pin["ref"]) != (place.owner, place.repo, place.ref):
+            return f"the lock is for another nixpkgs than {spec.nixpkgs}"
+    elif data["suite"] != spec.suite:
+        return f"the lock is for {data['suite']}, the config says {spec.suite}"
+    return None
+
+
+def _other_request(data: Any, spec: ImageSpec) -> str | None:
+    requested, beside = sorted(data["requested"]), sorted(data.get("sidecar_requested", ()))
+    if requested == sorted(spec.packages) and beside == sorted(spec.sidecar_packages):
+        return None
+    had, wanted = {*requested, *beside}, {*spec.packages, *spec.sidecar_packages}
+    said = [("new", sorted(wanted - had)), ("gone", sorted(had - wanted))]
+    found = "; ".join(f"{verb}: {', '.join(names)}" for verb, names in said if names)
+    return found or "packages went to the sidecar, or came from it"
+
+
+def _too_old(data: Any) -> str | None:
+    if data["base"] != "debian":
+        return None
+    tools = {tool["name"] for tool in data["tools"]}
+    if not set(data["base_requested"]) >= _GUEST_NEEDS or "erofs-utils" not in tools or "host" not in data:
+        return "the lock was made by an older nixbox"
     return None
 
 
@@ -69,10 +94,11 @@ def relock(
 ) -> list[str]:
     """Resolve the package set anew and write the lock; returns what changed, a line each.
 
-    libkrun's kernel becomes this host's (`libkrun` as for `ensure`) where `spec` asks for one; a host without one
+    A revision of nixpkgs stays as it is while the config names the same source: `nixbox update` moves it. libkrun's
+    kernel becomes this host's (`libkrun` as for `ensure`) where `spec` asks for one; a host without one
     keeps the lock's.
     """
-    from nixbox.image import apt, krunfw, lock, resolve
+    from nixbox.image import krunfw, lock
 
     run.tool("nix-store")  # said now rather than after the mirror was read
     path = lock_path(workspace)
@@ -84,15 +110,30 @@ def relock(
     if spec.krun:
         library = krunfw.locate(libkrun) if kernel else krunfw.find(libkrun)
         kernel = krunfw.inspect(library) if library else kernel
-    mirrors = apt.mirrors(mirror, security)
-    new = resolve.resolve(
-        spec.packages, spec.sidecar_packages, suite=spec.suite, mirrors=mirrors, progress=reporter.phase
-    )
+    new = resolved(spec, old, mirror, security, reporter)
     new = new.model_copy(update={"krun": kernel})
     with suppress(ConfigError):  # pins that cannot be read are resolved anew
         new = new.model_copy(update={"plugins": tuple(lockfile.pins(path).values())})
     lock.save(new, path)
     return lock.changes(old, new).lines()
+
+
+def resolved(
+    spec: ImageSpec, old: AnyLock | None, mirror: str | None, security: str | None, reporter: Reporter
+) -> AnyLock:
+    """A lock of what `spec` asks for, without libkrun's kernel and plugins."""
+    from nixbox.image import apt, nixpkgs, resolve
+    from nixbox.image.lock import FORMAT, NixpkgsLock
+
+    if spec.base != "nixpkgs":
+        mirrors = apt.mirrors(mirror, security)
+        wanted = (spec.packages, spec.sidecar_packages)
+        return resolve.resolve(*wanted, suite=spec.suite, mirrors=mirrors, progress=reporter.phase)
+    pin = old.nixpkgs if isinstance(old, NixpkgsLock) and old.nixpkgs.place == refs.parse(spec.nixpkgs) else None
+    if pin is None:
+        pin = nixpkgs.resolve(spec.nixpkgs, reporter.phase)
+    arch = resolve.default_arch()
+    return NixpkgsLock(format=FORMAT, base="nixpkgs", arch=arch, requested=tuple(spec.packages), nixpkgs=pin)
 
 
 def _add_krun(workspace: Path, libkrun: Path | None) -> list[str]:
@@ -199,7 +240,7 @@ def sources(
 
     `text` is the lock's. Raises GoneError, HostError, ConfigError, NixboxError.
     """
-    from nixbox.image import apt, fetch, lock, store
+    from nixbox.image import apt, fetch, lock, nixpkgs, store
 
     if spec.build and spec.build_network and store.private_root() is not None:
         raise HostError(
@@ -208,6 +249,13 @@ def sources(
         )
     loaded = lock.parse(lockfile.image_part(text), lock_path(workspace))
     path = keep_lock(build.key(spec, text), text)
+    if isinstance(loaded, lock.NixpkgsLock):
+        if loaded.krun:
+            fetch.ensure_krun(loaded.krun, libkrun)
+        nixpkgs.ensure(loaded.nixpkgs, reporter.phase)
+        reporter.phase("looking the packages up in nixpkgs")
+        nixpkgs.check(loaded, spec)
+        return build.expression(spec, path, {})
     mirrors = apt.mirrors(mirror, security)
     reporter.phase("looking for the packages in the Nix store")
     fetch.ensure(loaded, mirrors, reporter.transfer, libkrun)

@@ -193,6 +193,12 @@ def _add_krun(kernel: KrunKernel, libkrun: Path | None, work: Path) -> None:
     store.add_files([work / kernel.file])
 
 
+def ensure_krun(kernel: KrunKernel, libkrun: Path | None = None) -> None:
+    """Put libkrunfw of an image's lock into the store, from this host. Raises NixboxError, HostError."""
+    with _work_dir() as work:
+        _add_krun(kernel, libkrun, work)
+
+
 def ensure(lock: Lock, mirrors: Mirrors, progress: Progress | None = None, libkrun: Path | None = None) -> int:
     """Put every file of the lock, and the bootstrap, into the store; returns how many were fetched.
 

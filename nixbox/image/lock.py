@@ -1,18 +1,20 @@
 """`nixbox.lock`: every input of an image, by version and SHA-256, resolved once.
 
-The file is JSON, one package a line so that a diff reads well. It names pool paths, not mirrors: any mirror
-with the same bits serves.
+The file is JSON, one package a line so that a diff reads well. For the Debian base it names pool paths, not mirrors:
+any mirror with the same bits serves. For nixpkgs it names one revision with its hash, of which everything follows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nixbox import paths
+from nixbox.config import refs
 from nixbox.errors import ConfigError
 from nixbox.image import lockfile
 from nixbox.image.lockfile import Pin
@@ -100,7 +102,54 @@ class Lock(_Strict):
         return [found for _, found in sorted({p.path: p for p in every}.items())]
 
 
-def load(path: Path) -> Lock:
+class NixpkgsPin(_Strict):
+    """A revision of nixpkgs: `ref` is the branch or tag that it was found by, `rev` the commit, `hash` its NAR hash.
+
+    `date` is the day of the commit (`2026-07-04`; None when GitHub did not say).
+    """
+
+    owner: str
+    repo: str
+    ref: str
+    rev: str = Field(pattern=r"^[0-9a-f]{40}$")
+    hash: str = Field(pattern=r"^sha256-[A-Za-z0-9+/]{43}=$")
+    date: str | None = Field(default=None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+
+    @model_validator(mode="after")
+    def _is_a_place(self) -> Self:
+        place = refs.parse(str(self.place))
+        if place != self.place:
+            raise ValueError(f"{self.place} is no branch, tag or commit of a repository")
+        if place.rev not in (None, self.rev):
+            raise ValueError("rev is another commit than ref names")
+        return self
+
+    @property
+    def place(self) -> refs.Github:
+        """Where it was found."""
+        return refs.Github(self.owner, self.repo, ref=self.ref)
+
+    def __str__(self) -> str:
+        return self.rev[:12] + (f" ({self.date})" if self.date else "")
+
+
+class NixpkgsLock(_Strict):
+    """A whole lock of the nixpkgs base: the packages are named, and the revision says what they are."""
+
+    format: Literal[1]
+    base: Literal["nixpkgs"]
+    arch: Arch
+    requested: tuple[str, ...]
+    nixpkgs: NixpkgsPin
+    krun: KrunKernel | None = None
+    plugins: tuple[Annotated[Pin, BeforeValidator(lockfile.pin)], ...] = ()
+
+
+AnyLock: TypeAlias = "Lock | NixpkgsLock"
+_MODELS: dict[str, type[Lock] | type[NixpkgsLock]] = {"debian": Lock, "nixpkgs": NixpkgsLock}
+
+
+def load(path: Path) -> AnyLock:
     """Read a lock. Raises ConfigError naming every bad field, or saying that there is none."""
     try:
         return parse(path.read_text(), path)
@@ -108,28 +157,30 @@ def load(path: Path) -> Lock:
         raise ConfigError(f"there is no lock at {path}", hint="`nixbox lock` makes it") from None
 
 
-def parse(text: str, path: Path) -> Lock:
+def parse(text: str, path: Path) -> AnyLock:
     """The lock that a text holds; `path` is what faults call it. Raises ConfigError naming every bad field."""
     data = lockfile.parse(text, path)
     if lockfile.only_pins(data):
         raise ConfigError(f"{path} has plugins and no packages yet", hint="`nixbox lock` adds them")
+    base = data.get("base") if isinstance(data, dict) else None
+    model = _MODELS.get(base, Lock) if isinstance(base, str) else Lock
     try:
-        return Lock.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         faults = [f"{path.name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{path} is damaged", hint=lockfile.MEND, faults=faults) from None
 
 
-def dump(lock: Lock) -> str:
+def dump(lock: AnyLock) -> str:
     """The lock as text: one package or plugin a line, keys in a fixed order; what most locks lack only if there."""
-    seldom = {name for name in ("krun", "sidecar_requested", "sidecar_packages") if not getattr(lock, name)}
+    seldom = {name for name in ("krun", "sidecar_requested", "sidecar_packages") if not getattr(lock, name, None)}
     data = lock.model_dump(exclude={"plugins", *seldom})
     if lock.plugins:
         data["plugins"] = [pin.row for pin in lock.plugins]
     return lockfile.render(data)
 
 
-def save(lock: Lock, path: Path) -> None:
+def save(lock: AnyLock, path: Path) -> None:
     """Write the lock whole or not at all."""
     paths.write_atomic(path, dump(lock))
 
@@ -154,18 +205,28 @@ class Changes:
         ]
 
 
-def changes(old: Lock | None, new: Lock) -> Changes:
-    """What a new lock changes in the image (not in the build's tools)."""
+def changes(old: AnyLock | None, new: AnyLock) -> Changes:
+    """What a new lock changes in the image (not in the build's tools).
 
-    def versions(lock: Lock) -> dict[str, str]:
-        every = (*lock.base_packages, *lock.packages, *lock.sidecar_packages, lock.kernel)
-        found = {p.name: p.version for p in every}
+    The versions that a revision of nixpkgs has are not in the lock: image/nixpkgs.py asks Nix for them.
+    """
+
+    def versions(lock: AnyLock) -> dict[str, str]:
+        if isinstance(lock, NixpkgsLock):
+            found = {"nixpkgs": str(lock.nixpkgs)} | dict.fromkeys(lock.requested, "of nixpkgs")
+        else:
+            every = (*lock.base_packages, *lock.packages, *lock.sidecar_packages, lock.kernel)
+            found = {p.name: p.version for p in every}
         if krun := lock.krun:
             # Of one release there may be many builds.
             found["libkrun's kernel"] = f"{krun.release} ({krun.origin}, {krun.sha256[:8]})"
         return found
 
-    before, after = versions(old) if old else {}, versions(new)
+    return differences(versions(old) if old else {}, versions(new))
+
+
+def differences(before: Mapping[str, str], after: Mapping[str, str]) -> Changes:
+    """What differs between two sets of packages: names to versions."""
     return Changes(
         added={n: v for n, v in after.items() if n not in before},
         removed={n: v for n, v in before.items() if n not in after},

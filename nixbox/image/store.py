@@ -22,6 +22,9 @@ _TIMEOUT_S = 120.0
 _BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"
 
 
+_NO_CACHE = ("--option", "substituters", "")
+
+
 @dataclass(frozen=True, slots=True)
 class NixSetup:
     """How Nix is called here: its version, and each option that its own configuration lacks, with the reason."""
@@ -29,6 +32,15 @@ class NixSetup:
     version: str
     options: tuple[str, ...]
     reasons: tuple[str, ...]
+
+    @property
+    def options_of_nixpkgs(self) -> tuple[str, ...]:
+        """Those for a build that the public cache has something for: without the one that turns it off."""
+        words, option = list(self.options), list(_NO_CACHE)
+        for i in range(len(words) - len(option) + 1):
+            if words[i : i + len(option)] == option:
+                return (*words[:i], *words[i + len(option) :])
+        return self.options
 
 
 _DAEMON_SOCKET = Path("/nix/var/nix/daemon-socket/socket")
@@ -134,7 +146,7 @@ def setup() -> NixSetup:
     substituters = said.get("substituters", {})
     if substituters.get("value") and substituters["value"] == substituters.get("defaultValue"):
         # Nothing of a Debian image is ever in that cache, and asking costs seconds without a network.
-        add(("--option", "substituters", ""), "only the public Nix cache is set, which has no Debian images")
+        add(_NO_CACHE, "only the public Nix cache is set, which has no Debian images")
     return NixSetup(version, tuple(options), tuple(reasons))
 
 

@@ -14,6 +14,7 @@ from nixbox.mounts.places import Place
 
 _OPTION = "--translate-uid"  # the Rust virtiofsd has it since 1.13
 _IN_TREE = "usr/libexec/virtiofsd"  # Debian's package
+_IN_STORE = "bin/virtiofsd"  # nixpkgs'
 # Where distributions put it; it is no command.
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/virtiofsd/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _LIBRARIES = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store")
@@ -30,12 +31,15 @@ class Program:
 def program(tools: Path | None) -> Program:
     """The virtiofsd to use: `NIXBOX_VIRTIOFSD`, else that of an image's own tools for the host, else the host's.
 
-    `tools` is a tree of Debian packages. Raises HostError when there is none that can do what it has to.
+    `tools` is a tree of Debian packages, or where nixpkgs' package really lies in a Nix store, with all that it needs
+    beside it. Raises HostError when there is none that can do what it has to.
     """
     chosen = os.environ.get("NIXBOX_VIRTIOFSD")
     if chosen is None and tools is not None and (tools / _IN_TREE).is_file():
         links = tuple((f"/{name}", f"usr/{name}") for name in ("bin", "lib", "lib64"))
         return Program(f"/{_IN_TREE}", (("/usr", tools / "usr"), *links))
+    if chosen is None and tools is not None and (tools / _IN_STORE).is_file():
+        return Program(f"/nix/store/{tools.name}/{_IN_STORE}", (("/nix/store", tools.parent),))
     candidates = [chosen] if chosen is not None else [run.find_tool("virtiofsd"), *_PLACES]
     old = None
     for candidate in candidates:
@@ -47,8 +51,8 @@ def program(tools: Path | None) -> Program:
         f"{old} is too old to share directories"
         if old
         else "there is no virtiofsd on this host to share directories",
-        hint="it comes with images of Debian trixie and newer (`nixbox lock`); or install virtiofsd 1.13 or newer, "
-        "or set NIXBOX_VIRTIOFSD; mounts = [] in config.toml does without",
+        hint="it comes with images of nixpkgs, and of Debian trixie and newer (`nixbox lock`); or install virtiofsd "
+        "1.13 or newer, or set NIXBOX_VIRTIOFSD; mounts = [] in config.toml does without",
     )
 
 

@@ -22,8 +22,10 @@ def check(loaded: Loaded, backend: BackendName = "qemu") -> None:
         )
         faults.append(f"{field} (from {origin}): {why}")
 
-    if settings.base == "nixpkgs":
-        refuse("base", 'this version has the `debian` base only; use base = "debian"')
+    if settings.base != "debian":
+        for field in ("sidecar", "sidecar_packages"):
+            if getattr(settings, field):
+                refuse(f"{field}[0]", f'only base = "debian" has sidecars so far; the base is "{settings.base}"')
     if backend != "qemu" and settings.accelerator == "tcg":
         refuse("machine.accelerator", f'the backend {backend} emulates nothing: "auto", or backend = "qemu"')
     if settings.network_mode != "filtered":

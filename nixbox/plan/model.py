@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class ImageSpec:
     """Everything that changes the image, and nothing else. `krun`: it must hold libkrun's kernel too.
 
     `sidecar`: paths of the image that lie in an image of their own, as `sidecar_packages` do.
+    `suite` is Debian's; `nixpkgs` (where its revisions come from: `github:OWNER/REPO@REF`), `ld_libraries` and
+    `allow_unfree` are that base's. `asked` says for messages who names a package: (name, origin) pairs.
     """
 
     base: str
@@ -36,6 +38,10 @@ class ImageSpec:
     krun: bool = False
     sidecar: tuple[str, ...] = ()
     sidecar_packages: tuple[str, ...] = ()
+    nixpkgs: str = ""
+    ld_libraries: tuple[str, ...] = ()
+    allow_unfree: bool = False
+    asked: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,9 @@ def resolve(loaded: Loaded, machine: str | None = None, backend: BackendName = "
     """
     checks.check(loaded, backend)
     settings = loaded.settings
+    of_nixpkgs = settings.base == "nixpkgs"
+    named = {"packages": settings.packages} | ({"ld_libraries": settings.ld_libraries} if of_nixpkgs else {})
+    asked = [(name, loaded.origins[f"{field}[{i}]"]) for field in named for i, name in enumerate(named[field])]
     image = ImageSpec(
         base=settings.base,
         suite=settings.suite,
@@ -28,6 +31,10 @@ def resolve(loaded: Loaded, machine: str | None = None, backend: BackendName = "
         krun=backend == "krun",
         sidecar=settings.sidecar,
         sidecar_packages=settings.sidecar_packages,
+        nixpkgs=settings.nixpkgs if of_nixpkgs else "",
+        ld_libraries=settings.ld_libraries if of_nixpkgs else (),
+        allow_unfree=of_nixpkgs and settings.allow_unfree,
+        asked=tuple(asked),
     )
     spec = MachineSpec(
         name=machine or settings.name,

@@ -304,6 +304,8 @@ class Start:
         from nixbox.image import apt
 
         settings = self.settings
+        if settings.base != "debian":
+            return {}
         try:
             mirrors = apt.mirrors(settings.debian_mirror, settings.debian_security_mirror)
             return {"etc/apt/sources.list.d/nixbox.sources": apt.guest_sources(mirrors, settings.suite)}

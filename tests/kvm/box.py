@@ -74,6 +74,7 @@ def lock_of(image_lock: str) -> locks.Lock:
     Raises NixboxError.
     """
     lock = locks.parse(image_lock, Path("nixbox.lock"))
+    assert isinstance(lock, locks.Lock)
     with apt.open_root(_SUITE, lock.arch, apt.mirrors(None, None)) as root:
         root.update()
         kernel = root.exact([root.first_dependency(f"linux-image-{lock.arch}")])[0]

@@ -59,6 +59,7 @@ def test_the_lock_is_a_real_pin() -> None:
 def test_the_hello_image_is_the_example_s_and_names_no_host() -> None:
     config = tomllib.loads((REPO / "examples/hello/.nixbox/config.toml").read_text())
     committed = lock.load(HELLO_LOCK)
+    assert isinstance(committed, lock.Lock)
     mend = f"renew it: `nixbox lock` in a copy of examples/hello, then copy its .nixbox/nixbox.lock to {HELLO_LOCK}"
     held = (committed.suite, sorted(committed.requested), committed.base_requested)
     assert held == ("trixie", sorted(config["packages"]), BASE_REQUEST), mend

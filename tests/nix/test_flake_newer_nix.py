@@ -30,7 +30,9 @@ def debs() -> list[Path]:
         root.update()
         every = root.resolve(["nix-bin"])
     wanted = [p for p in every if p.name == "nix-bin" or (p.name.startswith("lib") and "perl" not in p.name)]
-    bootstrap = lock.load(HELLO_LOCK).bootstrap  # it is there anyhow, and has to be of the same kind
+    hello = lock.load(HELLO_LOCK)
+    assert isinstance(hello, lock.Lock)
+    bootstrap = hello.bootstrap  # it is there anyhow, and has to be of the same kind
     fetch.ensure_packages([*wanted, bootstrap.package], bootstrap, mirrors)
     return [store.physical(fetch.deb_path(package)) for package in wanted]
 

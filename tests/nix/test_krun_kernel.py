@@ -60,6 +60,7 @@ class World:
             "system": "x86_64-linux",
             "build": [],
             "buildNetwork": False,
+            "sidecar": [],
             "guest": paths.nix_dir() / "guest",
         }
         base = nixexpr.Call("import", paths.nix_dir() / "bases/debian")

@@ -176,7 +176,6 @@ def test_a_config_that_is_no_toml(call: Call, workspace: Path) -> None:
         ('network.domains = ["example.org"]\n', "network.domains"),
         ("network.ports = [80]\n", "network.ports"),
         ("ports = [{ host = 1, guest = 1 }, { host = 1, guest = 2 }]\n", "ports[1].host"),
-        ('base = "nixpkgs"\n', "base"),
     ],
 )
 def test_what_cannot_be_served_yet_is_refused(call: Call, workspace: Path, text: str, words: str) -> None:

@@ -244,6 +244,16 @@ def test_the_images_own_virtiofsd_comes_first(tmp_path: Path, monkeypatch: pytes
     assert ("/usr", Path("/usr")) in chosen.tree
 
 
+def test_the_virtiofsd_of_nixpkgs_comes_with_the_store_around_it(tmp_path: Path) -> None:
+    package = tmp_path / "abc-virtiofsd-1.13"
+    (package / "bin").mkdir(parents=True)
+    (package / "bin/virtiofsd").touch()
+    found = daemon.program(package)
+    # Its name in the store, wherever that store lies: the loader and the libraries that it names are found so.
+    assert found.path == "/nix/store/abc-virtiofsd-1.13/bin/virtiofsd"
+    assert found.tree == (("/nix/store", tmp_path),)
+
+
 def test_readonly_is_told_to_virtiofsd_too() -> None:
     assert "--readonly" not in daemon.argv("/v", 7, readonly=False)
     words = daemon.argv("/v", 7, readonly=True)

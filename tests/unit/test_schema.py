@@ -125,6 +125,9 @@ machine = { accelerator = "tcg" }
 mirror = "file:///srv/mirror"
 security_mirror = "https://mirror.example:8080/x"
 suite = "trixie-backports"
+[nixpkgs]
+source = "github:me/packages@nixos-26.05"
+allow_unfree = true
 """
 
 
@@ -155,6 +158,19 @@ ONE_FAULT = [
     (Config, 'packages = "jq"', "packages: must be a list, not text"),
     (Config, 'packages.nixpkgs = ["9x"]', "packages.nixpkgs[0]: `9x` is not a nixpkgs attribute"),
     (Config, 'packages.nixpkgs = "x"', "packages.nixpkgs: must be a list, not text"),
+    (
+        Config,
+        'nixpkgs.source = "nixos-26.05"',
+        "nixpkgs.source: `nixos-26.05` is no nixpkgs: write github:OWNER/",
+    ),
+    (
+        Config,
+        'nixpkgs.source = "github:NixOS/nixpkgs"',
+        "nixpkgs.source: `github:NixOS/nixpkgs` is no nixpkgs",
+    ),
+    (Config, 'nixpkgs.source = "github:a/b/c@d"', "nixpkgs.source: `github:a/b/c@d` is no nixpkgs: write"),
+    (Config, "nixpkgs.allow_unfree = 1", "nixpkgs.allow_unfree: must be true or false, not a whole number"),
+    (Config, "nixpkgs.allowUnfree = true", "nixpkgs.allowUnfree: unknown field (did you mean `allow_unfree`?)"),
     (Config, 'resources.vcpus = "2"', "resources.vcpus: must be a whole number, not text"),
     (Config, "resources.vcpus = 2.0", "resources.vcpus: must be a whole number, not a fraction"),
     (Config, "resources.vcpus = true", "resources.vcpus: must be a whole number, not true or false"),

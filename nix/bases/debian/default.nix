@@ -23,7 +23,7 @@ rec {
     ];
   };
   # null where the lock has none
-  krun = if (lock.krun or null) == null then null else import ./krun.nix {
+  krun = if (lock.krun or null) == null then null else import ../krun.nix {
     inherit lock guest;
     inherit (tools) busybox runBusybox;
   };

@@ -1,4 +1,4 @@
-# The initrd: the tree that every guest starts from (tree.nix), and the modules that this kernel needs.
+# The initrd: the tree that every guest starts from (../tree.nix), and the modules that this kernel needs.
 { inTools, kernel, busybox, guest, modules }:
 inTools {
   name = "nixbox-initrd";
@@ -9,7 +9,7 @@ inTools {
   version=$(cat $kernel/release)
   mkdir -p m/lib
   ln -s $kernel/modules m/lib/modules
-  ${import ./tree.nix "r"}
+  ${import ../tree.nix "r"}
   for module in $modules; do
     modprobe -d m -S $version --show-depends $module || {
       echo "nixbox: kernel $version has no module $module" >&2
