@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nixbox import paths, run
+from nixbox import paths
 from nixbox.errors import ConfigError
 from nixbox.image import build, ensure, store
 from nixbox.image.build import Image
 
 if TYPE_CHECKING:
     from nixbox.plan.model import ImageSpec
-
-_EVALUATION_S = 120.0
 
 
 def use(workspace: Path, spec: ImageSpec, given: Path) -> Image:
@@ -30,7 +27,8 @@ def use(workspace: Path, spec: ImageSpec, given: Path) -> Image:
     found = build.built(key)
     if found is not None and found.path == given:
         return found
-    path = _path(spec, key, text)
+    expression = build.expression(spec, ensure.keep_lock(key, text), {})
+    path = build.evaluate(expression).out
     if path != given:
         raise ConfigError(
             f"{given} is not the image of this workspace, which is {path}",
@@ -38,17 +36,6 @@ def use(workspace: Path, spec: ImageSpec, given: Path) -> Image:
         )
     if not store.is_there(path):
         raise ConfigError(f"{path} is not in the Nix store", hint="`nix build` it, or: nixbox build")
+    paths.write_atomic(build.roots_dir() / f"{key}.nix", expression)
     store.add_root(build.roots_dir() / key, path)
     return Image(path, build.roots_dir() / key, fresh=False)
-
-
-def _path(spec: ImageSpec, key: str, lock_text: str) -> Path:
-    """Where the image of `spec` and a lock lies in the store once it is built."""
-    roots = build.roots_dir()
-    roots.mkdir(parents=True, exist_ok=True)
-    lock, source = roots / f"{key}.lock", roots / f"{key}.nix"
-    paths.write_atomic(lock, lock_text)
-    paths.write_atomic(source, build.expression(spec, lock, {}))
-    argv = ["nix", *store.setup().options, "eval", "--json", "-f", str(source), "image.outPath"]
-    done = run.run(argv, timeout_s=_EVALUATION_S, env=store.env())
-    return Path(json.loads(done.stdout))
