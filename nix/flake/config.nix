@@ -105,20 +105,16 @@ let
   configFile =
     if config != null then (if isFile config then shown config else "config")
     else ".nixbox/config.toml";
-  user = checked "config" configFile (
+  # Its base says what `packages` means, and is read before all else is checked.
+  rawUser =
     if config != null then (if isFile config then toml config else config)
     else if workspace == null then { }
     else if pathExists (inWorkspace "config.toml") then toml (inWorkspace "config.toml")
-    else fail directory "" "has no config.toml (a config.nix is not read here: nixbox init --from converts one)"
-  );
+    else fail directory "" "has no config.toml (a config.nix is not read here: nixbox init --from converts one)";
+  user = checked "config" configFile rawUser;
   chosenBase =
     let said = if base != null then base else (if isAttrs rawUser then rawUser.base or "debian" else "debian"); in
     if names ? ${said} then said else fail configFile "base" "must be `debian` or `nixpkgs`, not `${said}`";
-  # What `packages` means depends on it, so it is read before all else is checked.
-  rawUser =
-    if config != null then (if isFile config then toml config else config)
-    else if workspace != null && pathExists (inWorkspace "config.toml") then toml (inWorkspace "config.toml")
-    else { };
 
   # --- plugins ---
   ownPlugins = ../../plugins;

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nixbox.cli import copying, docs, env, images, mounts, net, plugins, prebuilt, seeds, stores, update, workspace
+from nixbox.cli import copying, docs, env, images, mounts, net, plugins, seeds, stores, update, workspace
 from nixbox.cli.common import Json, Machine, Profile, complete_machine, drop_displays, print_json, reporter, sandbox
 from nixbox.errors import ConfigError, ExitCode, NixboxError
 
@@ -91,7 +91,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(stores.image_app, name="image")
-stores.image_app.command("use")(prebuilt.image_use)
 app.add_typer(stores.template_app, name="template")
 app.add_typer(net.net_app, name="net")
 app.add_typer(env.env_app, name="env")

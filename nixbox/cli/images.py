@@ -1,4 +1,4 @@
-"""`nixbox build`, `image export` and `image import`: images, where they come from and where they go."""
+"""`nixbox build`, `image use`, `export` and `import`: images, where they come from and where they go."""
 
 from __future__ import annotations
 
@@ -97,6 +97,23 @@ def _means(url: str | None, keys: list[str], unsigned: bool, builders: str | Non
         raise ConfigError("--public-key and --unsigned are about what --from URL gives")
     cache = binary_cache.cache(url, keys, unsigned) if url is not None else None
     return Means(cache, binary_cache.check_builders(builders) if builders is not None else None)
+
+
+@image_app.command("use")
+def image_use(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A path in the Nix store.")],
+    profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Take an image that is in the Nix store for this workspace's, if building would give the very same."""
+    from nixbox.image import prebuilt
+
+    box = sandbox(profile=profile)
+    image = prebuilt.use(box.workspace, box.plan(box.load(locked=True)).image, path)
+    if as_json:
+        print_json({"path": str(image.path), "root": str(image.root)})
+    else:
+        box.report.note(f"image {image.path}")
 
 
 @image_app.command("export")

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from nixbox import __version__, paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
-from nixbox.image import binary_cache, build, ensure, fetch, lock, lockfile, manifest, store, ustar
+from nixbox.image import binary_cache, build, ensure, fetch, lock, lockfile, manifest, resolve, store, ustar
 from nixbox.image.build import Cache, Image
 from nixbox.image.manifest import Manifest
 from nixbox.image.nixkey import PublicKey, SecretKey
@@ -38,7 +38,6 @@ _MOST_MANIFEST = 64 << 20
 _MOST_SEAL = 1 << 10
 _DUMP_END_S = 60.0
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
-_ARCH = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +188,11 @@ def bring(
         _require_same(said, lock_text, Path(work))
         reporter.phase("putting the image into the Nix store")
         _add(said, Path(work))
-    kept = ensure.keep_lock(key, lock_text)
-    paths.write_atomic(build.roots_dir() / f"{key}.nix", build.expression(said.spec, kept, {}))
-    root = build.roots_dir() / key
-    store.add_root(root, Path(said.image))
+    expression = build.expression(said.spec, ensure.keep_lock(key, lock_text), {})
+    image = ensure.adopt(key, expression, Path(said.image), "imported")
     if build.built(key) is None:
-        root.unlink(missing_ok=True)
+        image.root.unlink(missing_ok=True)
         raise reader.error(f"{said.image} is no image of nixbox's")
-    image = Image(Path(said.image), root, fresh=True, how="imported")
     return Imported(image, key, said, hashlib.sha256(data).hexdigest(), signer, lock_text)
 
 
@@ -235,7 +231,7 @@ def _believe(
         said = manifest.parse(data)
     except ValueError as error:
         raise reader.error(str(error)) from None
-    here = _ARCH.get(platform.machine(), platform.machine())
+    here = resolve.ARCHES.get(platform.machine(), platform.machine())
     if said.arch != here:
         raise HostError(f"{reader.what} has an image for {said.arch}; this host is {here}")
     return said, signer

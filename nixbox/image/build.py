@@ -37,7 +37,7 @@ class Image:
     path: Path
     root: Path
     fresh: bool
-    how: str = "there"  # before; else "built" or "substituted"
+    how: str = "there"  # before; else "built", "substituted" or "imported"
 
     def file(self, name: str) -> Path:
         """Where a file of the image really lies."""

@@ -207,9 +207,19 @@ def keep_lock(image_key: str, text: str) -> Path:
     return path
 
 
+def adopt(image_key: str, expression: str, path: Path, how: str = "there") -> Image:
+    """Root a store path, which something else than a build here brought, as the image of a key."""
+    from nixbox.image import store
+
+    paths.write_atomic(build.roots_dir() / f"{image_key}.nix", expression)
+    root = build.roots_dir() / image_key
+    store.add_root(root, path)
+    return Image(path, root, fresh=how != "there", how=how)
+
+
 def _substitute(spec: ImageSpec, text: str, image_key: str, cache: build.Cache, reporter: Reporter) -> Image | None:
     """The image from a binary cache; None, and a note, where that has not got it."""
-    from nixbox.image import binary_cache, store
+    from nixbox.image import binary_cache
 
     # No mirror decides what an image is, and nothing is fetched from one.
     expression = build.expression(spec, keep_lock(image_key, text), {})
@@ -221,10 +231,7 @@ def _substitute(spec: ImageSpec, text: str, image_key: str, cache: build.Cache, 
         return None
     reporter.phase(f"copying the image from {cache.url}")
     binary_cache.take(cache, path)
-    paths.write_atomic(build.roots_dir() / f"{image_key}.nix", expression)
-    root = build.roots_dir() / image_key
-    store.add_root(root, path)
-    return Image(path, root, fresh=True, how="substituted")
+    return adopt(image_key, expression, path, "substituted")
 
 
 def sources(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nixbox import paths
 from nixbox.errors import ConfigError
 from nixbox.image import build, ensure, store
 from nixbox.image.build import Image
@@ -36,6 +35,4 @@ def use(workspace: Path, spec: ImageSpec, given: Path) -> Image:
         )
     if not store.is_there(path):
         raise ConfigError(f"{path} is not in the Nix store", hint="`nix build` it, or: nixbox build")
-    paths.write_atomic(build.roots_dir() / f"{key}.nix", expression)
-    store.add_root(build.roots_dir() / key, path)
-    return Image(path, build.roots_dir() / key, fresh=False)
+    return ensure.adopt(key, expression, path)

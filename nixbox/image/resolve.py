@@ -43,15 +43,16 @@ TOOLS_REQUEST = (
 )
 # What the host runs for a machine (mounts/daemon.py), where the suite has it.
 HOST_REQUEST = ("virtiofsd",)
-_ARCHES: dict[str, Arch] = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+# Names of an architecture: uname's, and Debian's.
+ARCHES: dict[str, Arch] = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
 def default_arch() -> Arch:
     """Debian's name for this host's architecture. Raises ConfigError for one that has no image."""
     machine = platform.machine()
-    if machine not in _ARCHES:
+    if machine not in ARCHES:
         raise ConfigError(f"nixbox has no image for {machine} hosts", hint="x86_64 and aarch64 are supported")
-    return _ARCHES[machine]
+    return ARCHES[machine]
 
 
 def resolve(
