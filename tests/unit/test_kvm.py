@@ -208,6 +208,40 @@ def test_a_file_that_is_no_kvm_is_unusable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "state", "tried"),
+    [
+        ("time.sleep(600)", "say(0.5)", KvmState.USABLE, 2),  # it hung once
+        ("say(kvm.USABLE_BELOW_MS + 1, exit_reason=None)", "say(0.5)", KvmState.USABLE, 2),  # out of CPU time
+        ("say(5.4)", "say(5.4)", KvmState.UNUSABLE, 2),
+        ("say(kvm.HOPELESS_FROM_MS)", "say(0.5)", KvmState.UNUSABLE, 1),  # no load explains that
+        ("say(0.5)", "say(50)", KvmState.USABLE, 1),
+    ],
+)
+def test_what_may_pass_is_tried_twice(
+    first: str, second: str, state: KvmState, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+    child = f"""
+import json, os, sys, time
+sys.path[:] = sys.argv[3:]
+from nixbox.machine import kvm
+def say(run_ms, exit_reason=5):
+    found = {{"failed": None, "code": 0, "exit_reason": exit_reason, "run_ms": float(run_ms)}}
+    os.write(int(sys.argv[2]), json.dumps(found).encode() + b"\\n")
+with open({str(tries)!r}, "a") as file:
+    file.write("x")
+os.write(int(sys.argv[2]), b" ")
+if os.path.getsize({str(tries)!r}) == 1:
+    {first}
+else:
+    {second}
+"""
+    monkeypatch.setattr(kvm, "_CHILD", child)
+    assert kvm.probe(os.devnull).state is state
+    assert len(tries.read_text()) == tried
+
+
+@pytest.mark.parametrize(
     ("child", "words"),
     [
         ("import time; time.sleep(600)", "did not end in time"),
