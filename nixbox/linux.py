@@ -17,6 +17,7 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 # linux/prctl.h
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
+_PR_SET_NAME = 15
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
@@ -82,6 +83,11 @@ def keep_only(*capabilities: int) -> None:
     header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
     # Effective, permitted and inheritable; then those from the 32nd on.
     checked(_libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)))
+
+
+def set_name(name: str) -> None:
+    """The short name of this process, of which the kernel keeps 15 bytes."""
+    checked(_libc.prctl(_PR_SET_NAME, ctypes.create_string_buffer(os.fsencode(name)), 0, 0, 0))
 
 
 def end_with_parent(parent: int) -> None:

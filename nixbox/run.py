@@ -297,6 +297,11 @@ def own_program(module: str, label: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", boot, root, label]
 
 
+def open_log(path: Path) -> int:
+    """A descriptor that appends to a log of this user's alone, which is made if it is not there. Raises OSError."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 def spawn(
     argv: Sequence[str],
     *,
@@ -314,8 +319,7 @@ def spawn(
     HostError when that fails.
     """
     argv = [_program(argv[0]), *argv[1:]]
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(log, flags, 0o600)
+    fd = open_log(log)
     try:
         return subprocess.Popen(
             argv,

@@ -13,6 +13,7 @@ from nixbox import run
 from nixbox.errors import NixboxError
 from nixbox.jails import Share
 from nixbox.plan.model import Accelerator, Queue
+from nixbox.programs import Programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +129,18 @@ class Network(Protocol):
     """The namespace that a VM's process is to live in, and the device in it that is the guest's network card."""
 
     @property
-    def tap(self) -> int:
-        """The TAP device, an open descriptor."""
+    def user(self) -> int:
+        """The user namespace that the others belong to, an open descriptor."""
         ...
 
-    def join(self) -> None:
-        """`join_for_good` for a process that gives up its rights later, in namespaces of its own. Raises OSError."""
+    @property
+    def net(self) -> int:
+        """The network namespace, an open descriptor."""
+        ...
+
+    @property
+    def tap(self) -> int:
+        """The TAP device, an open descriptor."""
         ...
 
     def join_for_good(self) -> None:
@@ -157,6 +164,10 @@ class Backend(Protocol):
         """Raise HostError when this host cannot run the backend: asked before anything is built."""
         ...
 
+    def expect(self, programs: Programs) -> None:
+        """Tell which process of nixbox's own a machine will be, if it is one: it is made ready. Never raises."""
+        ...
+
     def version(self) -> str:
         """The hypervisor's name and version: a saved VM is only ever restored by the same."""
         ...
@@ -172,10 +183,12 @@ class Backend(Protocol):
         network: Network,
         log: Path,
         pass_fds: Sequence[int],
+        programs: Programs | None = None,
     ) -> int:
         """Start a machine; returns its process id. The control socket accepts at once.
 
-        It inherits `pass_fds`: the machine's lock, and whatever else lasts as long as it does.
+        It inherits `pass_fds`: the machine's lock, and whatever else lasts as long as it does. `programs` starts a
+        process of nixbox's own, if the machine is one.
         """
         ...
 

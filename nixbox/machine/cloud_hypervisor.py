@@ -29,6 +29,7 @@ from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpe
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT
+from nixbox.programs import Programs
 
 PROGRAM = "cloud-hypervisor"
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk
@@ -128,6 +129,9 @@ class CloudHypervisor:
         _program()
         check_tools()
 
+    def expect(self, programs: Programs) -> None:
+        """None: its launcher is no light process."""
+
     def version(self) -> str:
         """`cloud-hypervisor v…`, as the program says it."""
         return run.run([_program(), "--version"], timeout_s=20).stdout.partition("\n")[0].strip()
@@ -145,6 +149,7 @@ class CloudHypervisor:
         network: Network,
         log: Path,
         pass_fds: Sequence[int],
+        programs: Programs | None = None,
     ) -> int:
         """Start the launcher in the network namespace; it and cloud-hypervisor inherit the sockets and `pass_fds`."""
         if spec.accelerator != "kvm":

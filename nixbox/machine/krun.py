@@ -28,6 +28,7 @@ from nixbox.machine import libkrun
 from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, disks, slot_tag
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU
+from nixbox.programs import Program, Programs
 
 KERNEL_ARGS = (
     "console=hvc0",
@@ -50,6 +51,7 @@ KERNEL_ARGS = (
     "nixbox.off=reboot",
     "nixbox.random=host",
 )
+CHILD = "nixbox.machine.krun_child"
 _TAP = "tap0"
 _START_LIMIT_S = 30.0
 _ASK_TIMEOUT_S = 2.0
@@ -94,6 +96,11 @@ class Krun:
         libkrun.find(self._configured)
         check_tools()
 
+    def expect(self, programs: Programs) -> None:
+        """The process that becomes the machine, with cffi."""
+        with contextlib.suppress(HostError):  # the start has the words for it
+            programs.expect(CHILD, [str(libkrun.compiled()), libkrun.cffi_directory()])
+
     def version(self) -> str:
         """The library's file: it does not tell its version."""
         info = self._library.stat()
@@ -111,6 +118,7 @@ class Krun:
         network: Network,
         log: Path,
         pass_fds: Sequence[int],
+        programs: Programs | None = None,
     ) -> int:
         """Start the child and wait until libkrun has taken its orders. Raises ConfigError, HostError, NixboxError."""
         check(spec)
@@ -126,16 +134,18 @@ class Krun:
                 "log": str(log),
                 "room": str(room),
                 "sockets": listeners,
+                "namespaces": (network.user, network.net),
                 "parent": os.getpid() if spec.bound else None,
             }
             _let_go(network.tap)
-            argv = run.own_program("nixbox.machine.krun_child", f"nixbox-krun-{spec.name}")
+            # What is to end with this process has to be its own child.
+            programs = Programs() if spec.bound or programs is None else programs
             with _memory(spec) as memory:
                 settings["memory"] = memory
                 # What the memory's file came as can be written to: the process gets its own, which cannot.
                 given = [fd for fd in pass_fds if memory is None or not os.path.sameopenfile(fd, memory)]
-                inherited = (*listeners, *given, *(() if memory is None else (memory,)))
-                process = run.spawn(argv, log=log, pass_fds=inherited, inside=network.join, talk=True)
+                inherited = (*listeners, *settings["namespaces"], *given, *(() if memory is None else (memory,)))
+                process = programs.start(CHILD, f"nixbox-krun-{spec.name}", log=log, pass_fds=inherited)
                 _await(process, settings, spec)
         return process.pid
 
@@ -267,7 +277,7 @@ def _let_go(tap: int) -> None:
         os.dup2(nothing.fileno(), tap, inheritable=False)  # the number stays its owner's to close
 
 
-def _await(process: run.Process, settings: dict[str, Any], spec: VmSpec) -> None:
+def _await(process: Program, settings: dict[str, Any], spec: VmSpec) -> None:
     """Hand the child its settings, and wait for its word. Raises ConfigError, HostError, NixboxError."""
     assert process.stdin is not None and process.stdout is not None
     with process.stdout as said:

@@ -8,6 +8,7 @@ error, the machine's vm.log. From the jail on it sees the machine's own files, t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import marshal
 import os
 import signal
@@ -77,6 +78,14 @@ class Library:
                 name, -result, "" if said == self.ffi.NULL else self.ffi.string(said).decode(errors="replace")
             )
         return result
+
+
+def _join(user: int, net: int) -> None:
+    """Enter the machine's namespaces, with all rights over them until the jail; nothing is kept that leads back."""
+    linux.setns(user, linux.CLONE_NEWUSER)
+    linux.setns(net, linux.CLONE_NEWNET)
+    os.close(user)
+    os.close(net)
 
 
 def enter_jail(settings: dict[str, Any]) -> None:
@@ -304,6 +313,12 @@ def _give_up(refused: Refused) -> NoReturn:
     os._exit(_EXIT_CODE)
 
 
+def prepare(modules: list[str]) -> None:
+    """Have cffi and the library's declarations in memory, before a machine is known to need them."""
+    sys.path[:0] = modules
+    importlib.import_module("nixbox_krun")  # made by libkrun.compiled
+
+
 def main() -> None:
     """`krun_child`: settings on standard input; becomes the VM."""
     settings = marshal.load(sys.stdin.buffer)  # noqa: S302 (of krun.Krun, which started it)
@@ -312,9 +327,9 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.path[:0] = settings["modules"]
     try:
-        import nixbox_krun  # type: ignore[import-not-found]  # made by libkrun.compiled
-
-        library = Library(settings["library"], nixbox_krun.ffi, settings["needed"])
+        _join(*settings["namespaces"])
+        declared = importlib.import_module("nixbox_krun")  # made by libkrun.compiled
+        library = Library(settings["library"], declared.ffi, settings["needed"])
         terminal, console = os.openpty()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         console_log = os.open(settings["console_log"], flags, 0o600)

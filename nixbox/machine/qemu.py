@@ -15,6 +15,7 @@ from nixbox.machine import qemu_args
 from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools
 from nixbox.machine.qmp import Qmp, QmpClosed, QmpCommandError, QmpTimeout
 from nixbox.plan.model import Queue
+from nixbox.programs import Programs
 
 _PROGRAM = "qemu-system-x86_64"
 _QMP_TIMEOUT_S = 10.0
@@ -38,6 +39,9 @@ class Qemu:
                 hint="images for aarch64 can be locked and built already",
             )
         check_tools(_PROGRAM)
+
+    def expect(self, programs: Programs) -> None:
+        """None: QEMU is a program of its own."""
 
     def version(self) -> str:
         """`QEMU emulator version …`, as the program says it; asked once for each program file."""
@@ -68,6 +72,7 @@ class Qemu:
         network: Network,
         log: Path,
         pass_fds: Sequence[int],
+        programs: Programs | None = None,
     ) -> int:
         """Start QEMU in its network namespace with the listening sockets and `pass_fds` as inherited descriptors."""
         with sockets.listening() as (control, monitor, shell):

@@ -386,6 +386,11 @@ def _understood(answer: bytes) -> bool:
     return word == "yes"
 
 
+def prepare(library: str) -> None:
+    """Have the library of the packet filter in memory, before anybody is known to need it."""
+    inside.load(library)
+
+
 def main() -> None:
     """`guard USER_FD NET_FD ALIVE_FD`: settings on standard input; it says a line, `ready` or `failed`, and why."""
     user, net, alive = map(int, sys.argv[-3:])

@@ -29,6 +29,14 @@ _CMD_BIND, _COPY_PACKET = 1, 2
 REQUEST_BYTES = 200_000
 
 
+def load(library: str) -> ctypes.CDLL | None:
+    """nftables' library; None if it cannot be had: Filter says why."""
+    try:
+        return ctypes.CDLL(library)
+    except OSError:
+        return None
+
+
 class Filter:
     """nftables through its own library: no program is started for a rule."""
 

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 
 from nixbox import linux
 from nixbox.errors import HostError
@@ -19,8 +20,11 @@ from nixbox.values import value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
+
+    from nixbox.programs import Programs
 
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
 _SIOCSIFMTU = 0x8922  # linux/sockios.h
@@ -44,13 +48,9 @@ class Namespace:
         for fd in (self.user, self.net, self.tap):
             os.close(fd)
 
-    def join(self) -> None:
-        """Let this process enter the namespaces: for a child, before it executes."""
-        join(self.user, self.net)
-
     def join_for_good(self) -> None:
-        """`join`, without any right over them."""
-        self.join()
+        """Let this process enter them, without any right over them: for a child, before it executes."""
+        join(self.user, self.net)
         linux.give_up()
 
 
@@ -70,26 +70,47 @@ def of_process(pid: int) -> tuple[int, int]:
         raise
 
 
-def create() -> Namespace:
+def create(programs: Programs | None = None) -> Namespace:
     """Make both namespaces and the TAP device. Raises HostError that says what this host does not allow."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        child = os.fork()  # namespaces are entered for good, so a child does it
-        if child == 0:
-            code = 1
-            try:
-                ours.close()
-                _make(theirs)
-                code = 0
-            finally:
-                os._exit(code)
+        wait = _forked(programs, theirs) if programs is not None and programs.waits else _fork(ours, theirs)
         theirs.close()
         words, fds, _, _ = socket.recv_fds(ours, 200, 3, socket.MSG_CMSG_CLOEXEC)
-        os.waitpid(child, 0)
+        wait()
     if len(fds) == 3:
         return Namespace(*fds)
     step, _, why = words.decode().partition(" ")
     raise _explained(step, why or "it does not say why")
+
+
+def _forked(programs: Programs, theirs: socket.socket) -> Callable[[], object]:
+    """Namespaces are entered for good, so another process does it: one that has less memory to share than we have."""
+    fd = theirs.fileno()
+    child = programs.start(__name__, "nixbox-namespace", [str(fd)], pass_fds=(fd,))
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            stream.close()
+    return child.wait
+
+
+def _fork(ours: socket.socket, theirs: socket.socket) -> Callable[[], object]:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            ours.close()
+            _make(theirs)
+            code = 0
+        finally:
+            os._exit(code)
+    return lambda: os.waitpid(child, 0)
+
+
+def main() -> None:
+    """`namespace FD`: make them, and send them over that socket."""
+    with socket.socket(fileno=int(sys.argv[-1])) as answer:
+        _make(answer)
 
 
 def _explained(step: str, why: str) -> HostError:

@@ -10,7 +10,8 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from nixbox import run
 from nixbox.errors import HostError, NixboxError
 from nixbox.network import namespace
 from nixbox.plan.network import Policy
+from nixbox.programs import Program, Programs
 
+GUARD = "nixbox.network.guard"
 _READY_TIMEOUT_S = 30.0
 _ASK_TIMEOUT_S = 10.0
 
@@ -44,9 +47,11 @@ class Watch:
 
     def __init__(self, policy: Policy | None = None) -> None:
         self.policy = policy
-        self._process: run.Process | None = None
+        self._process: Program | None = None
 
-    def begin(self, name: str, files: Files, user: int, net: int, alive: int) -> None:
+    def begin(
+        self, name: str, files: Files, user: int, net: int, alive: int, programs: Programs | None = None
+    ) -> None:
         """Start the guard of the namespaces. It ends when `alive`, a descriptor, can be read or is at its end.
 
         Raises HostError when something is missing that the policy needs.
@@ -60,13 +65,14 @@ class Watch:
             "runtime": str(files.runtime),
             "log": str(files.refused),
         }
-        argv = run.own_program("nixbox.network.guard", f"nixbox-guard-{name}")
         # Held by all of its processes, so that whoever ends the machine can wait for them.
         lock = os.open(files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             fds = (user, net, alive)
-            self._process = run.spawn([*argv, *map(str, fds)], log=files.log, pass_fds=(*fds, lock), talk=True)
+            self._process = (programs or Programs()).start(
+                GUARD, f"nixbox-guard-{name}", [*map(str, fds)], log=files.log, pass_fds=(*fds, lock)
+            )
         finally:
             os.close(lock)
         assert self._process.stdin is not None
@@ -93,6 +99,14 @@ class Watch:
                 hint="`nixbox doctor` says what is missing; no machine gets a wider network than its config says",
             )
         return why or None
+
+
+@contextmanager
+def made_ready(programs: Programs, name: str) -> Iterator[None]:
+    """Have a process ready that a machine's guard is forked from: it imports while others read the config, say."""
+    with programs.waiting(f"nixbox-start-{name}"):
+        programs.expect(GUARD, library())
+        yield
 
 
 def library() -> str:

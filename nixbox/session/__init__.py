@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ from nixbox.config import names
 from nixbox.errors import NixboxError, NotRunningError
 from nixbox.guest import ssh
 from nixbox.machine.record import MachineDir, Record
+from nixbox.programs import Programs
 from nixbox.report import Phases, Reporter
 from nixbox.session import finish, hooks, net, stop, which
 from nixbox.session.outcome import Up
@@ -57,6 +57,7 @@ class Sandbox:
         self.machine = MachineDir(workspace, name or which.meant(workspace))
         self.ephemeral = ephemeral
         self.phase = Phases()
+        self.programs = Programs()
 
     @classmethod
     def open(cls, start: Path, name: str | None = None, **options: object) -> Self:
@@ -115,6 +116,12 @@ class Sandbox:
         A start that fails or is interrupted before the guest is ready leaves it down; its disk is whole either
         way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
         """
+        from nixbox.network import watch
+
+        with nullcontext() if self.machine.alive() else watch.made_ready(self.programs, self.machine.name):
+            return self._whole_up(locked=locked, cold=cold)
+
+    def _whole_up(self, *, locked: bool, cold: bool) -> Up:
         from nixbox.config.settings import resolve_env
         from nixbox.machine import backends
 
@@ -124,6 +131,7 @@ class Sandbox:
             env = resolve_env(loaded.settings, self.environ)
         asking = self._ask(plan) if self.machine.alive() else None
         backends.named(plan.machine.backend).check_host()
+        backends.named(plan.machine.backend).expect(self.programs)
         ssh.check_path(self.machine.ssh)
         places = self._look_at_mounts(plan)
         self._run_hooks("pre-up", loaded)
@@ -166,6 +174,8 @@ class Sandbox:
                 start = self._prepare(plan, image, choice, loaded, env, places)
             with ExitStack() as undo:
                 undo.callback(self._abandon)
+                with self.phase("network"):
+                    undo.enter_context(start.network_ahead())
                 with self._rooted(image):
                     begun = begin(start, plan, cold=cold)
                 start.publish(begun.how, begun.setup)
@@ -310,43 +320,9 @@ class Sandbox:
         self, plan: Plan, image: Image, choice: Choice, loaded: Loaded, env: Mapping[str, str], places: list[Place]
     ) -> Start:
         """Directories, keys and record: all that a start needs but the disk of a new machine."""
-        from nixbox.machine import backends, overlay, record
-        from nixbox.session import mounts
+        from nixbox.session.prepare import prepare
 
-        machine, spec = self.machine, plan.machine
-        old = machine.load() if machine.exists() else None
-        machine.prepare()
-        disk_mib = spec.disk_mib
-        if machine.overlay.exists():
-            if old is None:
-                # Its record is missing, but an overlay may hold somebody's work: it is never thrown away here.
-                self.report.note("found an overlay disk without a record; keeping it")
-            disk_mib = overlay.size_mib(machine.overlay)
-            if spec.disk_mib > disk_mib:
-                overlay.grow(machine.overlay, spec.disk_mib)
-            elif spec.disk_mib < disk_mib and old is not None:
-                self.report.note(f"note: the overlay disk stays at {disk_mib} MiB; a disk is never shrunk")
-        if old is not None and old.image != str(image.path):
-            self.report.note("the image has changed: the machine's own files stay on top of the new one")
-        new = record.Record(
-            name=machine.name,
-            machine_id=old.machine_id if old else record.new_machine_id(),
-            user=old.user if old else ssh.guest_user(),
-            created_at=old.created_at if old else int(time.time()),
-            image=str(image.path),
-            backend=spec.backend,
-            accelerator=choice.accelerator,
-            vcpus=spec.vcpus,
-            memory_mib=spec.memory_mib,
-            disk_mib=max(spec.disk_mib, disk_mib),
-            workspace=str(self.workspace),
-            ephemeral=self.ephemeral,
-            return_memory=spec.return_memory,
-            network=spec.network.as_json(),
-            mounts=mounts.wanted(places, old),
-        )
-        plugs = backends.named(new.backend).features.hot_plug
-        new = replace(new, shares_memory=bool(new.mounts) and plugs)
+        new = prepare(self.machine, plan, image, choice, places, self.report, ephemeral=self.ephemeral)
         new = replace(new, env_hash=self._env_hash(new.machine_id, env))
         return self._start(new, image, loaded, env)
 
@@ -366,6 +342,7 @@ class Sandbox:
             phase=self.phase,
             bound=self.ephemeral,
             watch=Watch(record.policy),
+            programs=self.programs,
         )
 
     def _env_hash(self, machine_id: str, env: Mapping[str, str]) -> str:
@@ -498,6 +475,7 @@ class Sandbox:
 
     def _fork_running(self, boxes: Sequence[Sandbox]) -> list[Up]:
         from nixbox.config.settings import resolve_env
+        from nixbox.network import watch
         from nixbox.session import forks
 
         if not self.machine.load().ready:
@@ -506,7 +484,8 @@ class Sandbox:
         parent = self._of_running(loaded, resolve_env(loaded.settings, self.environ))
         stop.reached(self.machine)
         self.report.phase(f"copying `{self.machine.name}`")
-        forks.fork_running(parent, boxes)
+        with watch.made_ready(self.programs, self.machine.name):
+            forks.fork_running(parent, boxes)
         path, accelerator = parent.image.path, parent.record.accelerator
         return [
             Up(box.machine.name, "forked", path, accelerator, "done before", phases=dict(box.phase.seconds))

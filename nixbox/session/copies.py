@@ -41,7 +41,7 @@ def capture(start: Start, memory: MemoryFile, pass_fds: tuple[int, ...] = ()) ->
     with keeper.overlay.open("wb") as disk:
         disk.truncate(start.machine.overlay.stat().st_size)  # never read or written: the guest does not run
     keeper.save(start.record)
-    other = replace(start, machine=keeper, phase=Phases(), bound=True, watch=Watch())
+    other = replace(start, machine=keeper, phase=Phases(), bound=True, watch=Watch(), ahead=[])
     try:
         other.launch(other.spec(memory, incoming=True), pass_fds)
         start.backend.pause(start.machine.sockets)

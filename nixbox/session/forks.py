@@ -74,7 +74,7 @@ def _child(box: Sandbox, parent: Start) -> Start:
     )
     machine.save(record)
     watch = Watch(parent.watch.policy)
-    return replace(parent, machine=machine, record=record, phase=box.phase, report=box.report, watch=watch)
+    return replace(parent, machine=machine, record=record, phase=box.phase, report=box.report, watch=watch, ahead=[])
 
 
 def _copy_log(parent: MachineDir, child: MachineDir) -> None:

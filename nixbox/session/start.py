@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from nixbox import sparse
 from nixbox.errors import ConfigError, NixboxError
@@ -20,6 +20,7 @@ from nixbox.machine import overlay
 from nixbox.machine.backend import MemoryFile, VmSpec
 from nixbox.network import namespace, policy
 from nixbox.network.watch import Watch
+from nixbox.programs import Programs
 from nixbox.report import Phases
 from nixbox.session import mounts, net
 
@@ -92,6 +93,24 @@ class Restored:
         return done
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A network namespace whose guard was begun, and a pipe that tells the guard when its machine has ended.
+
+    A context manager: whoever starts the VM in it lets it inherit `alive`, and lets go of everything.
+    """
+
+    network: namespace.Namespace
+    alive: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.alive)
+        self.network.__exit__(None, None, None)
+
+
 @dataclass(frozen=True)
 class Start:
     """All that a start needs to know.
@@ -111,6 +130,8 @@ class Start:
     bound: bool = False
     devices_of: Record | None = None
     watch: Watch = field(default_factory=Watch)
+    programs: Programs = field(default_factory=Programs)
+    ahead: list[Opened] = field(default_factory=list)
 
     @cached_property
     def shares(self) -> mounts.Shares:
@@ -140,19 +161,41 @@ class Start:
             sidecars=self.image.sidecars,
         )
 
-    def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
-        """Start the hypervisor in a network namespace of its own, and its guard; from here on the machine lives."""
+    def open_network(self) -> Opened:
+        """Make the machine's network namespace and begin its guard. Raises HostError."""
         machine = self.machine
         machine.rotate_logs()
-        with namespace.create() as network, machine.hold_lock() as lock_fd:
-            ended, alive = os.pipe()  # the VM's process has the one end; the guard sees when nobody has it any more
+        with ExitStack() as undo:
+            network = undo.enter_context(namespace.create(self.programs))
+            ended, alive = os.pipe()  # the VM's process gets the one end; the guard sees when nobody has it any more
+            undo.callback(os.close, alive)
             try:
-                self.watch.begin(machine.name, net.files(machine), network.user, network.net, ended)
-                passed = (lock_fd, alive, *self.shares.locks, *pass_fds)
-                pid = self.backend.start(spec, machine.sockets, network, machine.vm_log, passed)
+                self.watch.begin(machine.name, net.files(machine), network.user, network.net, ended, self.programs)
             finally:
                 os.close(ended)
-                os.close(alive)
+            undo.pop_all()
+        return Opened(network, alive)
+
+    @contextmanager
+    def network_ahead(self) -> Iterator[None]:
+        """Have the first launch's network made while what it is to start from is still looked for."""
+        self.ahead.append(self.open_network())
+        try:
+            yield
+        finally:
+            for unused in self.ahead:
+                unused.__exit__(None, None, None)
+            self.ahead.clear()
+
+    def launch(self, spec: VmSpec, pass_fds: Sequence[int] = ()) -> None:
+        """Start the hypervisor in a network namespace of its own, with its guard; from here on the machine lives."""
+        machine = self.machine
+        with self.ahead.pop() if self.ahead else self.open_network() as opened, machine.hold_lock() as lock_fd:
+            try:
+                passed = (lock_fd, opened.alive, *self.shares.locks, *pass_fds)
+                started = (spec, machine.sockets, opened.network, machine.vm_log, passed, self.programs)
+                pid = self.backend.start(*started)
+            finally:
                 self.shares.started()
         machine.update(pid=pid, started_at=int(time.time()))
 

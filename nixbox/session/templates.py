@@ -19,6 +19,7 @@ from nixbox.machine.backend import MemoryFile
 from nixbox.machine.record import MachineDir, new_machine_id
 from nixbox.network.watch import Watch
 from nixbox.plan.network import Policy
+from nixbox.programs import Programs
 from nixbox.report import Phases
 from nixbox.session import stop
 from nixbox.session.start import Restored, Start
@@ -120,6 +121,8 @@ class Templates:
             phase=Phases(),
             bound=True,
             watch=Watch(policy),
+            programs=Programs(),
+            ahead=[],
         )
 
     def _make_boot(self, key: Key, work: Path) -> Found:

@@ -47,9 +47,7 @@ class NoNetwork:
 
     def __init__(self) -> None:
         self.tap = os.open("/dev/null", os.O_RDWR)
-
-    def join(self) -> None:
-        return
+        self.user = self.net = self.tap
 
     def join_for_good(self) -> None:
         return

@@ -13,8 +13,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nixbox.machine import krun, libkrun
 from nixbox.machine.backend import Backend, MemoryFile, Sockets, VmSpec
 from nixbox.machine.krun import Krun
 from nixbox.network import namespace
+from nixbox.programs import Programs
 from tests.krun import HANG_S, WAITS, build, c_library, machine_spec, needs_cc, needs_library, share
 
 needs_devices = pytest.mark.skipif(
@@ -54,10 +55,14 @@ class Machine:
     sockets: Sockets
     log: Path
     processes: list[run.Process]
+    programs: Programs = field(default_factory=Programs)
+    pids: list[int] = field(default_factory=list)
 
     def start(self, library: Path | str | None = None, pass_fds: tuple[int, ...] = ()) -> int:
         backend: Backend = Krun(None if library is None else str(library))
-        return backend.start(self.spec, self.sockets, self.network, self.log, pass_fds)
+        pid = backend.start(self.spec, self.sockets, self.network, self.log, pass_fds, self.programs)
+        self.pids.append(pid)
+        return pid
 
     def refusal(self, library: Path | str) -> NixboxError:
         """What start() raises; no process is left."""
@@ -88,16 +93,33 @@ def machine(spec: VmSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(run, "spawn", kept)
     (tmp_path / "run").mkdir()
     with network:
-        yield Machine(spec, network, Sockets.in_dir(tmp_path / "run"), tmp_path / "vm.log", processes)
+        started = Machine(spec, network, Sockets.in_dir(tmp_path / "run"), tmp_path / "vm.log", processes)
+        yield started
         for process in processes:
             process.kill()
             process.wait()
+        for pid in {*started.pids} - {process.pid for process in processes}:  # forked from another, which has ended
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def built(tmp_path: Path) -> Callable[[str], Path]:
     """Compiles a library that behaves as the text says."""
     return lambda entered: build(tmp_path, entered)
+
+
+def memory_of(pid: int) -> bytes:
+    """All that a process can write to."""
+    found = b""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            words = line.split()
+            start, _, end = words[0].partition("-")
+            if words[1].startswith("rw") and int(start, 16) < 1 << 47:
+                memory.seek(int(start, 16))
+                with suppress(OSError):  # of a device
+                    found += memory.read(int(end, 16) - int(start, 16))
+    return found
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -175,13 +197,11 @@ def test_a_library_that_hangs_is_ended(
     assert machine.processes[0].returncode == -signal.SIGKILL
 
 
-def test_a_network_that_cannot_be_joined(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(_self: object) -> None:
-        raise OSError(1, "no")
-
-    monkeypatch.setattr(namespace.Namespace, "join", gone)
-    with pytest.raises(HostError, match="could not be prepared"):
-        machine.start(c_library())
+def test_a_network_that_cannot_be_joined(machine: Machine) -> None:
+    network = machine.network
+    with Path(os.devnull).open("rb") as no_namespace:
+        machine.network = namespace.Namespace(no_namespace.fileno(), network.net, network.tap)
+        assert "the machine's process cannot begin: " in str(machine.refusal(c_library()))
 
 
 @needs_library
@@ -268,16 +288,19 @@ def test_the_channels_of_a_machine(machine: Machine, built: Callable[[str], Path
 
 @needs_cc
 @needs_devices
+@pytest.mark.parametrize("forked", [False, True])
 def test_a_machine_sees_its_own_files_and_has_no_rights(
-    machine: Machine, built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forked: bool, machine: Machine, built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SECRET", "of this host")
+    secret = os.urandom(8).hex()
+    monkeypatch.setenv("SECRET", secret)
     source = tmp_path / "source"
     (source / "hidden").mkdir(parents=True)
     (source / "hidden/secret").touch()
     masks = ((Path("hidden"), Inode.of(source / "hidden")),)
     shares = (Share(source, Inode.of(source), False, masks), share(source, readonly=True))
-    machine.spec = replace(machine.spec, slots=len(shares), shares=shares)
+    # What ends with its starter is never forked from another.
+    machine.spec = replace(machine.spec, slots=len(shares), shares=shares, bound=not forked)
     library = built(
         r"""
         #include <fcntl.h>
@@ -295,7 +318,11 @@ def test_a_machine_sees_its_own_files_and_has_no_rights(
         }
         """
     )
-    pid = machine.start(library)
+    with machine.programs.waiting("nixbox-start-web-1") if forked else nullcontext():
+        if forked:
+            Krun(str(library)).expect(machine.programs)
+        pid = machine.start(library)
+    assert (Path(f"/proc/{pid}/cmdline").read_bytes().strip(b"\0") == b"nixbox-krun-web-1") == forked
     seen = Path(f"/proc/{pid}/root")
     found = {path.name: path for path in seen.iterdir()}
     assert set(found) == {"boot", "dev", "disk0", "disk1", "kernel", "proc", "share0", "share1"}
@@ -316,6 +343,8 @@ def test_a_machine_sees_its_own_files_and_has_no_rights(
         assert len(Path(f"/proc/{pid}/{kind}_map").read_text().splitlines()) == 1
         assert Path(f"/proc/{pid}/{kind}_map").read_text().split()[::2] == ["1000", "1"]
     assert b"SECRET" not in Path(f"/proc/{pid}/environ").read_bytes()
+    assert secret.encode() in memory_of(os.getpid())
+    assert secret.encode() not in memory_of(pid)
     assert Path(f"/proc/{pid}/ns/net").stat().st_ino == os.fstat(machine.network.net).st_ino
 
 

@@ -34,7 +34,9 @@ RANKS = {
     "plan": 3,
     "config": 2,
     "report": 1,
+    "programs": 2,
     "run": 1,
+    "forkserver": 1,
     "jails": 1,
     "paths": 1,
     "errors": 0,
@@ -116,7 +118,7 @@ def process_faults(sources: dict[str, str]) -> list[str]:
     faults = []
     for name, source in sources.items():
         # The guard is a program of its own, and namespaces are entered by a child.
-        if name in ("run", "network.guard", "network.namespace"):
+        if name in ("run", "forkserver", "network.guard", "network.namespace"):
             continue
         for found in imports(source):
             parts = found.module.split(".")

@@ -65,7 +65,7 @@ def test_nothing_changes() -> None:
     assert point == Point(1)
 
 
-@pytest.mark.parametrize("module", ["nixbox.network.guard", "nixbox.machine.krun_child"])
+@pytest.mark.parametrize("module", ["nixbox.network.guard", "nixbox.machine.krun_child", "nixbox.forkserver"])
 def test_a_process_beside_a_machine_imports_little(module: str) -> None:
     root = Path(nixbox.__file__).parent.parent
     code = f"import sys; sys.path.insert(0, {str(root)!r}); import {module}; print(*sys.modules)"
