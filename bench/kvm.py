@@ -199,30 +199,36 @@ def main() -> None:
     """Prepare, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.kvm", description=__doc__)
     parser.add_argument("--home", type=Path, help="work here and keep the image for the next call")
+    parser.add_argument("--quick", action="store_true", help="nixbox and its floor alone: no peers, no probe")
     arguments = parser.parse_args()
     compileall.compile_dir(CHECKOUT / "nixbox", quiet=1)  # as an installed program's modules are
     with home.home(arguments.home) as place, ExitStack() as undo:
         (place.workspace / ".nixbox" / "config.toml").write_text(CONFIG)
         image = place.image()
         prepare_floor(place.path / "floor", image)
-        peers = place.path / "peers"
-        kvm_peers.prepare(peers, store.physical(image / "root.img"))
         saved = undo.enter_context(saved_box(place))
         host = Host(undo.enter_context(boxes.restored(saved)), place)
-        smol, msb = (undo.enter_context(boxes.restored(saved)) for _ in range(2))
-        found, failed = measure(
-            {
-                KRUN: lambda: host.up("booted", "--cold", "--backend", "krun"),
-                FLOOR: host.floor,
-                QEMU: lambda: host.up("booted", "--cold", "--backend", "qemu"),
-                RESTORED[QEMU]: lambda: host.up("restored", "--backend", "qemu"),
-                RESTORED[KRUN]: lambda: host.up("restored", "--backend", "krun"),
+        contestants = {
+            KRUN: lambda: host.up("booted", "--cold", "--backend", "krun"),
+            FLOOR: host.floor,
+            QEMU: lambda: host.up("booted", "--cold", "--backend", "qemu"),
+            RESTORED[QEMU]: lambda: host.up("restored", "--backend", "qemu"),
+            RESTORED[KRUN]: lambda: host.up("restored", "--backend", "krun"),
+        }
+        if not arguments.quick:
+            peers = place.path / "peers"
+            kvm_peers.prepare(peers, store.physical(image / "root.img"))
+            smol, msb = (undo.enter_context(boxes.restored(saved)) for _ in range(2))
+            contestants |= {
                 "smolmachines": lambda: Sample(*kvm_peers.smolmachines(smol, peers, VCPUS, MEMORY_MIB)),
                 "microsandbox": lambda: Sample(*kvm_peers.microsandbox(msb, peers, VCPUS, MEMORY_MIB)),
             }
-        )
-        probed = {"here": probe.runs(PROBES)} if Path("/dev/kvm").exists() else {}
-        probed["in the box"] = json.loads(host.call([sys.executable, "-m", "bench.probe", str(PROBES)]).stdout)
+        found, failed = measure(contestants)
+        probed = {}
+        if not arguments.quick:
+            if Path("/dev/kvm").exists():
+                probed["here"] = probe.runs(PROBES)
+            probed["in the box"] = json.loads(host.call([sys.executable, "-m", "bench.probe", str(PROBES)]).stdout)
     table(found, failed)
     ratios(found)
     for where, result in probed.items():

@@ -77,7 +77,7 @@ def _become(module: str, label: str, arguments: list[str], wanted: dict[int, int
         _take(wanted)
         rename(label)
         sys.argv[1:] = [label, *arguments]
-        sys.modules[module].main()
+        importlib.import_module(module).main()  # it is there, if it was expected
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
