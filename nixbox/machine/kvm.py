@@ -30,9 +30,10 @@ USABLE_BELOW_MS = 3.0
 HOPELESS_FROM_MS = 3 * USABLE_BELOW_MS  # if a second and a third run say so, it may be cached
 SHORT_ROUNDS = ROUNDS // 4  # of such runs: they are to tell a stall of the host from a KVM that is as slow as that
 RUN_BUDGET_S = 0.04  # of CPU time, for all runs together
-RUN_LIMIT_S = 0.25  # whatever else this host has to do meanwhile
+RUN_LIMIT_S = 1.0  # whatever else this host has to do meanwhile
 START_LIMIT_S = 10.0  # for the child's interpreter, on a host as slow as one that is emulated itself
-PROBE_LIMIT_S = 0.5  # from then on, to SIGKILL
+PROBE_LIMIT_S = 2.0  # from then on, to SIGKILL
+TRIES = 3  # where time ran out, and that is no certain sign
 _REAP_S = 0.1
 
 _NESTED_HINT = "use a host with hardware virtualisation; a virtual host must have nested virtualisation turned on"
@@ -76,14 +77,16 @@ class Measurement:
 
 
 def probe(device: str = "/dev/kvm", *, opener: Callable[[str, int], int] = os.open) -> KvmProbe:
-    """Try `device` in a throw-away VM. Never raises for what KVM does, and waits twice half a second for it at most.
+    """Try `device` in a throw-away VM. Never raises for what KVM does, and waits some seconds for one that hangs.
 
-    The VM lives in a child process, so that a hang or a crash inside KVM is the child's. It is tried a second time
-    where a busy host may be the reason for the answer, or a KVM that never had a VM before.
+    The VM lives in a child process, so that a hang or a crash inside KVM is the child's. It is tried again where a
+    busy host may be the reason for the answer, or a KVM that never had a VM before.
     """
     start = time.monotonic()
     found = _probe_once(device, opener, start)
-    if _may_pass(found):
+    for _ in range(TRIES - 1):
+        if not _may_pass(found):
+            break
         found = _probe_once(device, opener, start)
     return found
 
