@@ -12,23 +12,27 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 
 from nixbox.machine import kvm
 
 
 def once(calls: kvm._Calls, device: str) -> str:
-    """The class that a child finds: a VM lives as long as its process."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-        os.write(writing, kvm.classify(kvm._try_kvm(calls, fd), device)[0].value.encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        found = pipe.read().decode()
-    os.waitpid(child, 0)
-    return found
+    """The class that is found; each VM lives as long as a child."""
+
+    def measure(fd: int) -> kvm.Measurement | str:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, json.dumps(asdict(kvm._try_kvm(calls, fd))).encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
+        os.waitpid(child, 0)
+        return kvm.Measurement(**json.loads(said)) if said else "it failed"
+
+    return kvm.probe(device, measure=measure).state.value
 
 
 def runs(count: int, device: str = "/dev/kvm") -> dict[str, object]:
