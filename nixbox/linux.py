@@ -52,6 +52,12 @@ def setns(fd: int, kind: int) -> None:
     checked(_libc.setns(fd, kind))
 
 
+def join_network(user: int, net: int) -> None:
+    """Enter a user namespace, with all rights in it, and a network namespace of it (both open descriptors)."""
+    setns(user, CLONE_NEWUSER)
+    setns(net, CLONE_NEWNET)
+
+
 def own_user_namespace(further: int, ident: int | None = None) -> None:
     """Enter a new user namespace in which this user is `ident`, or who it is outside, and nobody else is anybody.
 

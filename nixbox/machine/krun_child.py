@@ -82,8 +82,7 @@ class Library:
 
 def _join(user: int, net: int) -> None:
     """Enter the machine's namespaces, with all rights over them until the jail; nothing is kept that leads back."""
-    linux.setns(user, linux.CLONE_NEWUSER)
-    linux.setns(net, linux.CLONE_NEWNET)
+    linux.join_network(user, net)
     os.close(user)
     os.close(net)
 

@@ -56,8 +56,7 @@ class Namespace:
 
 def join(user: int, net: int) -> None:
     """Enter a user namespace, with all rights in it, and a network namespace of it. Raises OSError."""
-    linux.setns(user, linux.CLONE_NEWUSER)
-    linux.setns(net, linux.CLONE_NEWNET)
+    linux.join_network(user, net)
 
 
 def of_process(pid: int) -> tuple[int, int]:
