@@ -164,6 +164,10 @@ class Backend(Protocol):
         """Raise HostError when this host cannot run the backend: asked before anything is built."""
         ...
 
+    def check(self, spec: VmSpec) -> None:
+        """Raise ConfigError or NixboxError for what no start of this machine gets over, from a template or not."""
+        ...
+
     def expect(self, programs: Programs) -> None:
         """Tell which process of nixbox's own a machine will be, if it is one: it is made ready. Never raises."""
         ...

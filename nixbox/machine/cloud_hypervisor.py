@@ -129,6 +129,9 @@ class CloudHypervisor:
         _program()
         check_tools()
 
+    def check(self, spec: VmSpec) -> None:
+        """Nothing: it says itself what is wrong."""
+
     def expect(self, programs: Programs) -> None:
         """None: its launcher is no light process."""
 

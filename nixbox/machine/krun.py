@@ -96,6 +96,10 @@ class Krun:
         libkrun.find(self._configured)
         check_tools()
 
+    def check(self, spec: VmSpec) -> None:
+        """All that libkrun answers badly or not at all (`check` below)."""
+        check(spec)
+
     def expect(self, programs: Programs) -> None:
         """The process that becomes the machine, with cffi."""
         with contextlib.suppress(HostError):  # the start has the words for it

@@ -40,6 +40,9 @@ class Qemu:
             )
         check_tools(_PROGRAM)
 
+    def check(self, spec: VmSpec) -> None:
+        """Nothing: QEMU says itself what is wrong."""
+
     def expect(self, programs: Programs) -> None:
         """None: QEMU is a program of its own."""
 

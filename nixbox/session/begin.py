@@ -36,6 +36,8 @@ class Begun:
 def begin(start: Start, plan: Plan, *, cold: bool) -> Begun:
     """Start the VM the fastest way that there is, up to `ready`; `cold` boots it, whatever is saved."""
     begun = None
+    if start.machine.overlay.exists():  # a damaged disk is no fault of a template's, nor a reason to make one
+        start.backend.check(start.spec())
     if not cold:
         begun = _resume(start)
         if begun is None and start.backend.features.templates:
@@ -102,6 +104,8 @@ def _restore(start: Start, plan: Plan) -> Begun | None:
     limit_bytes = template_limit_bytes()
     try:
         found = Templates(start, plan, limit_bytes).get(stage)
+    except ConfigError:  # no boot would do better
+        raise
     except (NixboxError, OSError) as error:  # a cache that cannot be written, for one
         report.note(f"no template could be made, so the machine boots: {error}")
         return None

@@ -76,12 +76,14 @@ def test_every_fault_is_named_with_its_mend(place: Place) -> None:
     # What the config asks for.
     code, said = place.up("", "--cpus", "200")
     assert code == 2 and "resources.vcpus: 200 is more than" in said and "at most vcpus = " in said, said
+    assert "no template could be made" not in said, said  # it is not tried twice
     code, said = place.up("", "--memory", "60GiB")
     assert code == 2 and "resources.memory: 61440 MiB is more than this host has" in said, said
-    # Files: the disk that the tries above have made, and the image.
+    # Files: the disk that a machine of this name has, and the image.
     disk = ".nixbox/machines/box/overlay.img"
     code, said = place.up(f"truncate -s +100 {disk}")
     assert code == 1 and "are no whole sectors" in said and "nixbox rm" in said, said
+    assert "template" not in said, said  # none is made for it, and none is blamed
     code, said = place.up(
         f'rm {disk}; kernel=$(readlink -f $(sed -n \'s/.*"image": "\\(.*\\)".*/\\1/p\' '
         ".nixbox/machines/box/machine.json)/krun/vmlinux); mount --bind /etc/hostname $kernel"
