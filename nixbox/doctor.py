@@ -6,12 +6,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nixbox import paths, run
 from nixbox.errors import NixboxError
+from nixbox.values import dataclass
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded

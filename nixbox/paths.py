@@ -12,11 +12,11 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from nixbox import locks
 from nixbox.errors import ConfigError, HostError, NixboxError
+from nixbox.values import dataclass, field
 
 CONFIG_DIR = ".nixbox"
 CONFIG_FILE = "config.toml"

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from nixbox.errors import ExitCode, HostError, NixboxError, TimeoutExpired
+from nixbox.values import dataclass
 
 # What a child may see of our environment. Secrets of the caller's shell are not in it by default.
 _ENV_EXACT = frozenset(

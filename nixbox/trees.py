@@ -7,8 +7,9 @@ import os
 import shutil
 import stat
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+
+from nixbox.values import dataclass
 
 MOST_FILES = 2000
 MOST_BYTES = 16 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +13,7 @@ from nixbox.machine.record import MachineDir, Record
 from nixbox.machine.usage import Usage
 from nixbox.plan.model import Shared
 from nixbox.report import harmless
+from nixbox.values import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ def up(
 
 
 def _up_json(done: Up) -> dict[str, object]:
-    from dataclasses import asdict
+    from nixbox.values import asdict
 
     return asdict(done) | {"image": str(done.image)}
 
@@ -187,11 +187,10 @@ def _print_timings(done: Up) -> None:
 
 
 def _dry_run(box: Sandbox, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from nixbox.config.settings import resolve_env
     from nixbox.image import ensure
     from nixbox.machine import accelerator
+    from nixbox.values import asdict
 
     loaded = box.load()
     plan = box.plan(loaded)

@@ -36,9 +36,8 @@ def seed(
     as_json: Json = False,
 ) -> None:
     """Copy the config's [[seeds]] to the running guest's own disk: those that are not there yet."""
-    from dataclasses import asdict
-
     from nixbox import view
+    from nixbox.values import asdict
 
     box = sandbox(machine)
     done = box.seed(targets or (), force=force)

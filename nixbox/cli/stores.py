@@ -18,10 +18,9 @@ template_app = typer.Typer(help="List and remove templates.", no_args_is_help=Tr
 @image_app.command("list")
 def image_list(as_json: Json = False) -> None:
     """The images that were built here."""
-    from dataclasses import asdict
-
     from nixbox import view
     from nixbox.image import images
+    from nixbox.values import asdict
 
     found = images.all_images()
     if as_json:
@@ -49,10 +48,10 @@ def image_list(as_json: Json = False) -> None:
 def template_list(as_json: Json = False) -> None:
     """The templates that machines are restored from, the last used first."""
     import time
-    from dataclasses import asdict
 
     from nixbox import view
     from nixbox.machine import template
+    from nixbox.values import asdict
 
     found = template.every()
     if as_json:

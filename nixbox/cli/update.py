@@ -29,10 +29,9 @@ def references(workspace: Path) -> list[str]:
 
     Raises ConfigError with every fault of a config that names none.
     """
-    import dataclasses
-
     from nixbox import loading
     from nixbox.config import load
+    from nixbox.values import replace
 
     found: list[str] = []
 
@@ -41,7 +40,7 @@ def references(workspace: Path) -> list[str]:
         raise _Named  # what is pinned now may be what cannot be had, and is to be moved
 
     with contextlib.suppress(_Named):
-        load.load(workspace, sources=dataclasses.replace(loading.sources(workspace), pinned=collect))
+        load.load(workspace, sources=replace(loading.sources(workspace), pinned=collect))
     return found
 
 
@@ -91,10 +90,9 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Move what the lock pins to what there is now, and show what changed: packages, and plugins from GitHub."""
-    from dataclasses import asdict
-
     from nixbox import paths
     from nixbox.image import pins
+    from nixbox.values import asdict
 
     workspace = paths.find_workspace(Path.cwd())
     words = list(dict.fromkeys(names or ()))

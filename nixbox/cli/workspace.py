@@ -82,9 +82,8 @@ def config(
 
 def doctor(as_json: Json = False) -> None:
     """Say what this host has and lacks. Exit code 3 when something necessary is missing."""
-    from dataclasses import asdict
-
     from nixbox import doctor as examiner
+    from nixbox.values import asdict
 
     missing = False
     found = []

@@ -7,7 +7,6 @@ instead, and nixbox is the same. It holds no literal value of `env`; those are r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import tomllib
@@ -29,6 +28,7 @@ from nixbox.config.settings import (
     Used,
 )
 from nixbox.errors import NixboxError
+from nixbox.values import asdict
 
 if TYPE_CHECKING:
     from nixbox.config.schema import UserSettings
@@ -36,30 +36,32 @@ if TYPE_CHECKING:
 
 
 def load(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> Loaded:
-    """As load.load; nothing is kept for a command line that changes settings. Raises ConfigError."""
-    if overrides is not None and overrides != Overrides():
+    """As load.load; nothing is kept for a command line that sets the environment. Raises ConfigError."""
+    if overrides is not None and (overrides.env or overrides.env_from_host):
         from nixbox.config import load as loading
 
         return loading.load(workspace, overrides, sources)
     workspace = workspace.resolve()
-    kept = paths.cache_dir() / "config" / f"{hashlib.sha256(str(workspace).encode()).hexdigest()[:24]}.json"
-    return _read(kept, workspace) or _fresh(kept, workspace, sources)
+    # Without an environment, its repr() is all that the command line says.
+    place = str(workspace) if overrides in (None, Overrides()) else f"{workspace}\0{overrides!r}"
+    kept = paths.cache_dir() / "config" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.json"
+    return _read(kept, workspace) or _fresh(kept, workspace, overrides, sources)
 
 
-def _fresh(kept: Path, workspace: Path, sources: Sources | None) -> Loaded:
+def _fresh(kept: Path, workspace: Path, overrides: Overrides | None, sources: Sources | None) -> Loaded:
     from nixbox.config import load as loading
 
-    loaded = loading.load(workspace, sources=sources)
+    loaded = loading.load(workspace, overrides, sources)
     if not loaded.lasting:
         return loaded
-    settings = dataclasses.asdict(loaded.settings)
+    settings = asdict(loaded.settings)
     settings["env"] = [{"name": entry.name, "from_host": entry.from_host} for entry in loaded.settings.env]
     data = {
         "digest": _digest(loaded),
         "files": [str(path) for path in loaded.files],
         "absent": [str(path) for path in loaded.absent],
         "unserved": loaded.unserved,
-        "plugins": [dataclasses.asdict(used) for used in loaded.plugins],
+        "plugins": [asdict(used) for used in loaded.plugins],
         "settings": settings,
         "origins": loaded.origins,
     }

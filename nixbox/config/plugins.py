@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nixbox import paths, trees
 from nixbox.config import fields, refs
 from nixbox.config.names import shown
 from nixbox.errors import ConfigError, NixboxError
+from nixbox.values import dataclass
 
 TOML = "plugin.toml"
 NIX = "default.nix"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from nixbox.config.names import shown
+from nixbox.values import dataclass
 
 PREFIX = "github:"
 _FORM = "a plugin on GitHub is named github:OWNER/REPO[/SUBDIR][@REF]"

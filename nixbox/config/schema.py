@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date, time
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -43,6 +42,7 @@ from nixbox.config.fields import (
 )
 from nixbox.config.names import shown
 from nixbox.config.settings import TEMPLATE_LIMIT_MIB
+from nixbox.values import dataclass
 
 Base = Literal["debian", "nixpkgs"]
 NetworkMode = Literal["off", "filtered", "open"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nixbox.errors import ConfigError
+from nixbox.values import dataclass, field
 
 if TYPE_CHECKING:
     from nixbox.config.schema import Accelerator, Backend, Base, NetworkMode

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
 from nixbox.config import fields
 from nixbox.config.load import HIDDEN, flatten
 from nixbox.config.settings import Hook, Loaded, Settings
+from nixbox.values import asdict
 
 
 def to_json(loaded: Loaded) -> dict[str, Any]:
@@ -38,17 +38,17 @@ def _tree(settings: Settings) -> dict[str, Any]:
             "disk": settings.disk_mib,
             "return_memory": settings.return_memory,
         },
-        "mounts": [dataclasses.asdict(mount) for mount in settings.mounts],
+        "mounts": [asdict(mount) for mount in settings.mounts],
         "network": {
             "mode": settings.network_mode,
             "domains": list(settings.domains),
             "ports": list(settings.ports),
             "allow_private": settings.allow_private,
         },
-        "ports": [dataclasses.asdict(port) for port in settings.published],
+        "ports": [asdict(port) for port in settings.published],
         "env": env,
         "hooks": {event: [_hook(one) for one in hooks] for event, hooks in settings.hooks.items()},
-        "seeds": [_set(dataclasses.asdict(seed)) for seed in settings.seeds],
+        "seeds": [_set(asdict(seed)) for seed in settings.seeds],
         "requires_env": [name for _, name in settings.requires_env],
         "ld_libraries": list(settings.ld_libraries),
         "debian": {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nixbox.errors import ConfigError
+from nixbox.values import dataclass
 
 
 def _nothing_pinned(refs: Sequence[str]) -> Mapping[str, Path]:

@@ -14,13 +14,13 @@ import shlex
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 from nixbox.errors import NixboxError, TimeoutExpired
 from nixbox.report import harmless
+from nixbox.values import dataclass
 
 PROTOCOL = "2"
 _LINE_LIMIT = 4096

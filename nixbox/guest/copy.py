@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nixbox import run
@@ -15,6 +14,7 @@ from nixbox.errors import ConfigError, NixboxError
 from nixbox.guest import inside, listing, stream, tarread
 from nixbox.guest.ssh import Endpoint
 from nixbox.report import Reporter, harmless
+from nixbox.values import dataclass, replace
 
 _ANSWER_S = 60.0
 _END_S = 60.0

@@ -12,7 +12,6 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from nixbox.errors import NixboxError
 from nixbox.guest import listing, stream, tarwrite
 from nixbox.guest.ssh import Endpoint
 from nixbox.report import Reporter, harmless
+from nixbox.values import dataclass, field
 
 _FORMAT = 1
 _STATE = '"$HOME"/.local/state/nixbox/seeds'

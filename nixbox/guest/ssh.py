@@ -14,12 +14,12 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.guest import keys
+from nixbox.values import dataclass
 
 _TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 20  # of ssh itself, up to the server's first words

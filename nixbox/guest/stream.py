@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from nixbox import run
@@ -23,6 +22,7 @@ from nixbox.guest.listing import Entry, Listing
 from nixbox.guest.ssh import Endpoint
 from nixbox.guest.tarwrite import TarWriter, check_unchanged
 from nixbox.report import Reporter, harmless
+from nixbox.values import dataclass
 
 # Below these a copy is over before it could be told how to do it best.
 _LARGE_BYTES = 32 << 20

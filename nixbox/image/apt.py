@@ -13,12 +13,12 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
+from nixbox.values import dataclass
 
 if TYPE_CHECKING:
     from nixbox.image.lock import LockedPackage, Repo

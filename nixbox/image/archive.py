@@ -19,7 +19,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +31,7 @@ from nixbox.image.nixkey import PublicKey, SecretKey
 from nixbox.image.store import PathInfo
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
+from nixbox.values import dataclass
 
 _MANIFEST, _SEAL, _LOCK = "manifest.json", "manifest.sum", "nixbox.lock"
 _MOST_MANIFEST = 64 << 20

@@ -12,7 +12,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from nixbox.image import lockfile, store
 from nixbox.plan import nixexpr
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter, harmless
+from nixbox.values import dataclass
 
 _LOG_TAIL = 25
 _EVAL_S = 300.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import paths, run
@@ -13,6 +12,7 @@ from nixbox.image import build, listing, store
 from nixbox.image.listing import Difference
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
+from nixbox.values import dataclass
 
 _DIFFERS = 104  # nix-store(1), "special exit codes": another output in check mode
 _SUFFIX = ".check"  # where Nix keeps the second output with --keep-failed

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox.image import build, store
 from nixbox.image.build import roots_dir
+from nixbox.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import stat
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nixbox import run
 from nixbox.errors import NixboxError
+from nixbox.values import dataclass, fields
 
 _TIMEOUT_S = 600.0
 _EROFS_MAGIC = 0xE0F5E1E2

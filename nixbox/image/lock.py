@@ -7,7 +7,6 @@ any mirror with the same bits serves. For nixpkgs it names one revision with its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
@@ -18,6 +17,7 @@ from nixbox.config import refs
 from nixbox.errors import ConfigError
 from nixbox.image import lockfile
 from nixbox.image.lockfile import Pin
+from nixbox.values import dataclass
 
 FORMAT = lockfile.FORMAT
 Arch = Literal["amd64", "arm64"]

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from nixbox import paths
 from nixbox.config import refs
 from nixbox.config.names import shown
 from nixbox.errors import ConfigError
+from nixbox.values import dataclass
 
 FORMAT: Literal[1] = 1
 MEND = "restore the file from version control, or delete it and run `nixbox lock`"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from nixbox.image.nixkey import PublicKey, SecretKey
 from nixbox.image.store import PathInfo
 from nixbox.image.ustar import MOST_BYTES
 from nixbox.plan.model import ImageSpec
+from nixbox.values import asdict
 
 FORMAT: Literal[1] = 1
 MOST_PATHS = 100_000

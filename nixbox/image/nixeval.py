@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nixbox.image import nixshape
 from nixbox.image.nixvalue import Node, Place, decode
 from nixbox.plan import nixexpr
 from nixbox.report import harmless
+from nixbox.values import dataclass
 
 _TIMEOUT_S = 20.0
 _HEAP_BYTES = 1 << 30

@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import ed25519
 from nixbox.errors import ConfigError, HostError
+from nixbox.values import dataclass
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 

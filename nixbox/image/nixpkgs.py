@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from nixbox.image.lock import Arch, NixpkgsLock, NixpkgsPin
 from nixbox.plan import nixexpr
 from nixbox.plan.model import ImageSpec
 from nixbox.report import harmless
+from nixbox.values import dataclass
 
 SYSTEMS: dict[Arch, str] = {"amd64": "x86_64-linux", "arm64": "aarch64-linux"}  # as in nix/image.nix
 _TIMEOUT_S = 300.0  # nixpkgs is read from a cold disk

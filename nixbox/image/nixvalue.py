@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nixbox.config.names import shown
+from nixbox.values import dataclass, field
 
 PACKAGE = r"/nixbox-package:([^:]+):"  # the store path of a package, as nix/eval/read.nix makes it up
 _MOST_SCRIPT_BYTES = 1 << 20

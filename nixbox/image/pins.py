@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import paths
@@ -18,6 +17,7 @@ from nixbox.errors import ConfigError
 from nixbox.image import github, lockfile, store
 from nixbox.image.lockfile import Pin
 from nixbox.report import Reporter
+from nixbox.values import dataclass
 
 _OWNER_FILE = "workspace"
 

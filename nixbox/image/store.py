@@ -10,11 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import run
 from nixbox.errors import HostError
+from nixbox.values import dataclass
 
 STORE = Path("/nix/store")
 _TIMEOUT_S = 120.0

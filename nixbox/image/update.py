@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nixbox.image import ensure, lock, lockfile, nixpkgs
 from nixbox.image.lock import AnyLock, Changes, NixpkgsLock
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
+from nixbox.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Literal
 
 from nixbox import paths
 from nixbox.errors import HostError
 from nixbox.machine.kvm import KvmState, cached_probe
 from nixbox.plan.model import Accelerator, BackendName
+from nixbox.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -14,6 +13,7 @@ from nixbox.errors import NixboxError
 from nixbox.jails import Share
 from nixbox.plan.model import Accelerator, Queue
 from nixbox.programs import Programs
+from nixbox.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

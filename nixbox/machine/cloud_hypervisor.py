@@ -18,7 +18,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT
 from nixbox.programs import Programs
+from nixbox.values import replace
 
 PROGRAM = "cloud-hypervisor"
 _SAVE_TIMEOUT_S = 600.0  # a large guest on a slow disk

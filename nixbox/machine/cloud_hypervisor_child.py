@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from nixbox.errors import NixboxError
 from nixbox.machine import relay
 from nixbox.machine.cloud_hypervisor_api import Api
 from nixbox.machine.cloud_hypervisor_vhost import Directory
+from nixbox.values import dataclass, field
 
 _NET = "net"
 _BOOT_TIMEOUT_S = 60.0  # all of a guest's memory is mapped, on a busy host

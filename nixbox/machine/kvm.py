@@ -18,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Never
+
+from nixbox.values import asdict, dataclass
 
 WARM_UP_ROUNDS = 1_000  # takes the first faults on page tables and code
 ROUNDS = 20_000  # that times are told for

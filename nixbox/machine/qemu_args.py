@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nixbox.machine.backend import VmSpec, disks
 from nixbox.plan.network import NETWORK_MTU
+from nixbox.values import dataclass, replace
 
 MOUNTS_BUS = "mounts"
 KERNEL_ARGS = (

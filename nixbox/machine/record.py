@@ -15,7 +15,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nixbox.errors import NixboxError, NotRunningError
 from nixbox.machine.backend import Sockets
 from nixbox.plan.model import Shared
 from nixbox.plan.network import Policy
+from nixbox.values import asdict, dataclass, field, fields, replace
 
 FORMAT = 1
 GUARD_LOCK = "guard"  # in the runtime directory

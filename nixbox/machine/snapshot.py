@@ -20,11 +20,11 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nixbox import paths
 from nixbox.machine import saved
+from nixbox.values import asdict, dataclass
 
 MANIFEST = "snapshot.json"
 _FIRST_BYTES = 1 << 20

@@ -18,13 +18,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from nixbox import paths
 from nixbox.errors import NixboxError
 from nixbox.machine import saved
+from nixbox.values import asdict, dataclass
 
 FORMAT = 1
 Stage = Literal["boot", "ready"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import jails, run
 from nixbox.errors import HostError
 from nixbox.mounts import health, jail
 from nixbox.mounts.places import Place
+from nixbox.values import dataclass
 
 _OPTION = "--translate-uid"  # the Rust virtiofsd has it since 1.13
 _IN_TREE = "usr/libexec/virtiofsd"  # Debian's package

@@ -8,10 +8,10 @@ way to make a set-user-ID program; and where the share is read-only, the kernel 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from nixbox import jails, linux
+from nixbox.values import dataclass
 
 SHARE = "/share"
 _EXIT_CODE = 126

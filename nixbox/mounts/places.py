@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nixbox import paths
 from nixbox.config.settings import Mount
 from nixbox.errors import ConfigError
 from nixbox.jails import Inode, Share
+from nixbox.values import dataclass
 
 # Of these the host keeps no file that a tool would not make again, and a tool opens thousands of them.
 CACHES = frozenset(

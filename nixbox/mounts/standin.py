@@ -18,11 +18,11 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nixbox.plan.model import Queue
+from nixbox.values import asdict, dataclass
 
 _SYS_PIDFD_GETFD = 438  # on every architecture (Linux 5.6)
 _POLL_S = 0.02

@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nixbox.errors import HostError, NixboxError
 from nixbox.network import namespace
 from nixbox.plan.network import Policy
 from nixbox.programs import Program, Programs
+from nixbox.values import dataclass
 
 GUARD = "nixbox.network.guard"
 _READY_TIMEOUT_S = 30.0

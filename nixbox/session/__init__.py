@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +19,7 @@ from nixbox.report import Phases, Reporter
 from nixbox.session import finish, hooks, net, stop, which
 from nixbox.session.outcome import Up
 from nixbox.session.seeds import Asking
+from nixbox.values import replace
 
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded, Overrides

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import overlay
 from nixbox.session import stop
+from nixbox.values import dataclass
 
 if TYPE_CHECKING:
+    from nixbox.machine.template import Stage
     from nixbox.plan.model import Plan
     from nixbox.session.start import Start
     from nixbox.session.templates import Found
@@ -95,15 +96,15 @@ def _forget_snapshot(start: Start, why: str) -> None:
 
 def _restore(start: Start, plan: Plan) -> Begun | None:
     """From a template, which is made if there is none; None when that does not work."""
-    from nixbox.config.cache import template_limit_bytes
-    from nixbox.machine import saved, template
-    from nixbox.session.templates import Templates
-
     machine, report = start.machine, start.report
-    stage: template.Stage = "boot" if machine.overlay.exists() else "ready"
-    limit_bytes = template_limit_bytes()
+    stage: Stage = "boot" if machine.overlay.exists() else "ready"
     try:
-        found = Templates(start, plan, limit_bytes).get(stage)
+        with start.phase("find"):
+            from nixbox.config.cache import template_limit_bytes
+            from nixbox.machine import saved, template
+            from nixbox.session.templates import Templates
+
+            found = Templates(start, plan, template_limit_bytes()).get(stage)
     except ConfigError:  # no boot would do better
         raise
     except (NixboxError, OSError) as error:  # a cache that cannot be written, for one
@@ -146,7 +147,8 @@ def _boot(start: Start, plan: Plan) -> Begun:
     """From nothing."""
     machine = start.machine
     if not machine.overlay.exists():
-        overlay.create(machine.overlay, plan.machine.disk_mib)
+        with start.phase("disk"):
+            overlay.create(machine.overlay, plan.machine.disk_mib)
     machine.save(start.record)
     start.report.phase(f"booting `{machine.name}` ({start.record.accelerator})")
     with start.boot() as channel:

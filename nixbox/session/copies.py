@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from nixbox.network.watch import Watch
 from nixbox.report import Phases
 from nixbox.session import mounts, stop
 from nixbox.session.start import Restored, Start, own_memory
+from nixbox.values import dataclass, replace
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir, Record

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from nixbox.image import store
@@ -14,6 +13,7 @@ from nixbox.machine import saved, snapshot
 from nixbox.machine.record import new_machine_id
 from nixbox.network.watch import Watch
 from nixbox.session import copies, stop
+from nixbox.values import asdict, replace
 
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir

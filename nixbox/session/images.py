@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nixbox import paths
 from nixbox.errors import NixboxError
+from nixbox.values import dataclass
 
 if TYPE_CHECKING:
     from nixbox.image.archive import Exported, Imported

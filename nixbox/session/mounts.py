@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from nixbox.machine.backend import slot_tag
 from nixbox.mounts import daemon, health, places, standin
 from nixbox.plan.model import Shared
 from nixbox.session import net
+from nixbox.values import asdict, replace
 
 if TYPE_CHECKING:
     from nixbox.machine.backend import Backend

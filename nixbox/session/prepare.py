@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nixbox.guest import ssh
 from nixbox.machine import backends, overlay, record
 from nixbox.session import mounts
+from nixbox.values import replace
 
 if TYPE_CHECKING:
     from nixbox.image.build import Image

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -23,6 +22,7 @@ from nixbox.network.watch import Watch
 from nixbox.programs import Programs
 from nixbox.report import Phases
 from nixbox.session import mounts, net
+from nixbox.values import asdict, dataclass, field
 
 if TYPE_CHECKING:
     import socket

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nixbox import run, sparse
@@ -23,6 +22,7 @@ from nixbox.programs import Programs
 from nixbox.report import Phases
 from nixbox.session import stop
 from nixbox.session.start import Restored, Start
+from nixbox.values import dataclass, replace
 
 if TYPE_CHECKING:
     from pathlib import Path

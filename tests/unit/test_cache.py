@@ -94,11 +94,24 @@ def test_a_fault_is_said_each_time(workspace: Path) -> None:
             cache.load(workspace)
 
 
-def test_a_command_line_is_not_kept(workspace: Path, tmp_path: Path) -> None:
-    assert cache.load(workspace, Overrides(vcpus=7)).settings.vcpus == 7
-    assert kept(tmp_path) == []
-    assert cache.load(workspace).settings.vcpus == 2
+def test_each_command_line_is_kept_for_itself(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (None, Overrides(vcpus=7), Overrides(vcpus=3, memory="1GiB"), Overrides(backend="krun"))
+    fresh = [load.load(workspace, overrides) for overrides in said]
+    assert len({repr(loaded) for loaded in fresh}) == len(said)
+    reads = counted(monkeypatch)
+    for _ in range(2):
+        assert [cache.load(workspace, overrides) for overrides in said] == fresh
+    assert len(reads) == len(said)
+    (workspace / ".nixbox/config.toml").write_text(CONFIG.replace("echo up", "echo down"))
+    assert cache.load(workspace, said[1]) == load.load(workspace, said[1]) != fresh[1]
+
+
+def test_an_environment_on_the_command_line_is_not_kept(workspace: Path, tmp_path: Path) -> None:
     assert cache.load(workspace, Overrides(env=(("A", "b"),))).settings.env[-1].value == "b"
+    cache.load(workspace, Overrides(vcpus=7, env_from_host=("A",)))
+    assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": 3}', '{"files": [], "absent": [], "digest": null}'])
