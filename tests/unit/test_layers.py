@@ -45,7 +45,7 @@ RANKS = {
     "ed25519": 0,
     "sparse": 0,
     "trees": 0,
-    "values": 0,
+    "values": -1,  # a way to write classes
 }
 STARTERS = {"subprocess", "multiprocessing", "pty", "sh", "_posixsubprocess", "concurrent"}
 STARTING_CALLS = ("exec", "fork", "spawn", "posix_spawn", "system", "popen")
