@@ -158,6 +158,10 @@ else:
 
     def replace(one, **changes):
         """A value with other fields, as dataclasses.replace."""
+        if not hasattr(type(one), "__value_fields__"):  # one of the library's
+            from dataclasses import replace as real
+
+            return real(one, **changes)
         return one.__class__(**({name: getattr(one, name) for name in one.__value_fields__} | changes))
 
     def asdict(one):
@@ -171,7 +175,7 @@ else:
     def _plain(one):
         if type(one) in _PLAIN:
             return one
-        if hasattr(type(one), "__value_fields__"):
+        if hasattr(type(one), "__value_fields__") or hasattr(type(one), "__dataclass_fields__"):
             return asdict(one)
         if isinstance(one, tuple) and hasattr(one, "_fields"):
             return type(one)(*map(_plain, one))

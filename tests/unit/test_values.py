@@ -172,6 +172,8 @@ def test_functions_are_those_of_dataclasses() -> None:
     assert values.asdict(other)["b"]["k"] is not other.b["k"]
     assert [field.name for field in values.fields(ours)] == [field.name for field in dataclasses.fields(made)]
     assert repr(values.replace(other, a=9)) == repr(dataclasses.replace(one, a=9))
+    assert repr(values.replace(one, a=9)) == repr(dataclasses.replace(one, a=9))
+    assert values.asdict(values.replace(other, inner=[inner(4)])) == dataclasses.asdict(one)  # theirs in ours
     with pytest.raises(TypeError):
         values.replace(other, z=1)
 
