@@ -13,7 +13,7 @@ import stat
 import struct
 
 from nixbox import linux
-from nixbox.values import value
+from nixbox.values import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _MODES = {
 }
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Inode:
     """A directory that is what it was when it was looked at, whatever its path means by now."""
 
@@ -49,7 +49,7 @@ class Inode:
         return cls(info.st_dev, info.st_ino)
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Share:
     """A directory of the host for a guest: where it is, what it is, and what in it is hidden.
 

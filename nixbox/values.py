@@ -8,15 +8,11 @@ See docs/decisions/028-light-processes.md and 036-light-values.md.
 
 from __future__ import annotations
 
-__all__ = ["as_dict", "asdict", "changed", "dataclass", "field", "fields", "replace", "value"]
+__all__ = ["asdict", "dataclass", "field", "fields", "replace"]
 
 TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from dataclasses import asdict, dataclass, field, fields, replace
-    from dataclasses import dataclass as value
-    from typing import Any, TypeVar
-
-    V = TypeVar("V")
 else:
     _MISSING = object()
     _PLAIN = frozenset((str, int, float, bool, bytes, type(None)))
@@ -79,8 +75,6 @@ else:
 
         return made
 
-    value = dataclass
-
     def _slotted(cls, names, *, frozen):
         """The class anew: slots are laid out when a class is made."""
         body = {name: of for name, of in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
@@ -139,17 +133,12 @@ else:
 
             raise FrozenInstanceError(f"{cls.__name__}.{name} does not change")
 
-        methods = {
-            "__init__": __init__,
-            "__repr__": __repr__,
-            "__eq__": __eq__,
-            "__hash__": __hash__ if frozen else None,
-        }
+        for method in (__init__, __repr__, __eq__, *((__setattr__,) if frozen else ())):
+            if method.__name__ not in cls.__dict__:
+                setattr(cls, method.__name__, method)
         if frozen:
-            methods |= {"__setattr__": __setattr__, "__delattr__": __setattr__}
-        for name, method in methods.items():
-            if method is None or name not in cls.__dict__ or (name == "__hash__" and cls.__dict__[name] is None):
-                setattr(cls, name, method)
+            cls.__delattr__ = __setattr__
+        cls.__hash__ = __hash__ if frozen else None  # what changes is no key
         cls.__match_args__ = names
 
     def fields(one):
@@ -186,13 +175,3 @@ else:
         from copy import deepcopy
 
         return deepcopy(one)
-
-
-def as_dict(one: object) -> dict[str, Any]:
-    """The fields of a value, by name; values in it stay values."""
-    return {field.name: getattr(one, field.name) for field in fields(one)}  # type: ignore[arg-type]
-
-
-def changed(one: V, **fields: Any) -> V:
-    """A value with other fields."""
-    return replace(one, **fields)  # type: ignore[type-var]

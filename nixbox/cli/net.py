@@ -80,10 +80,10 @@ def _print_refusal(refusal: Refusal, mode: str, *, as_json: bool) -> None:
     import json
 
     from nixbox.report import harmless
-    from nixbox.values import as_dict
+    from nixbox.values import asdict
 
     if as_json:
-        print(json.dumps(as_dict(refusal)), flush=True)
+        print(json.dumps(asdict(refusal)), flush=True)
         return
     when = time.strftime("%H:%M:%S", time.localtime(refusal.time))
     place = refusal.address or ""

@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 def load(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> Loaded:
     """As load.load; nothing is kept for a command line that sets the environment. Raises ConfigError."""
-    if overrides is not None and (overrides.env or overrides.env_from_host):
+    overrides = overrides or Overrides()
+    if overrides.env or overrides.env_from_host:
         from nixbox.config import load as loading
 
         return loading.load(workspace, overrides, sources)
     workspace = workspace.resolve()
-    # Without an environment, its repr() is all that the command line says.
-    place = str(workspace) if overrides in (None, Overrides()) else f"{workspace}\0{overrides!r}"
+    place = f"{workspace}\0{overrides!r}"  # without an environment, that is all that the command line says
     kept = paths.cache_dir() / "config" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.json"
     return _read(kept, workspace) or _fresh(kept, workspace, overrides, sources)
 
 
-def _fresh(kept: Path, workspace: Path, overrides: Overrides | None, sources: Sources | None) -> Loaded:
+def _fresh(kept: Path, workspace: Path, overrides: Overrides, sources: Sources | None) -> Loaded:
     from nixbox.config import load as loading
 
     loaded = loading.load(workspace, overrides, sources)

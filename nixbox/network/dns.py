@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 
-from nixbox.values import value
+from nixbox.values import dataclass
 
 A, CNAME, AAAA, OPT, SVCB, HTTPS, ANY = 1, 5, 28, 41, 64, 65, 255
 IN = 1
@@ -22,7 +22,7 @@ _RECORD = struct.Struct("!2HIH")
 _QR, _AA, _TC, _RD, _RA = 0x8000, 0x0400, 0x0200, 0x0100, 0x0080
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Question:
     """One question: `name` in lower case without the last dot, `kind` a record type, `raw` its bytes as sent.
 
@@ -111,7 +111,7 @@ def _size(data: bytes, at: int, records: int) -> int:
     return _UDP_LEAST
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Answer:
     """A server's answer: `addresses` are the IPv4 addresses of the name that was asked for, aliases followed."""
 

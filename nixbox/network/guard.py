@@ -21,7 +21,7 @@ import time
 from nixbox import linux
 from nixbox.network import dns, inside, policy, refusals, upstream
 from nixbox.plan.network import Policy
-from nixbox.values import changed
+from nixbox.values import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ class Guard:
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         if "allow" in request:
             domains = (*self.policy.domains, *request["allow"])
-            self.policy = changed(self.policy, domains=tuple(dict.fromkeys(domains)))
+            self.policy = replace(self.policy, domains=tuple(dict.fromkeys(domains)))
         return {
             "policy": self.policy.as_json(),
             "outside": self.policy.mode != "off" and self.outside is not None and self.attached_error is None,

@@ -16,7 +16,7 @@ from nixbox import linux
 from nixbox.errors import HostError
 from nixbox.network import policy
 from nixbox.plan.network import NETWORK_MTU
-from nixbox.values import value
+from nixbox.values import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _SIOCSIFMTU = 0x8922  # linux/sockios.h
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Namespace:
     """The two namespaces and the TAP device in them, as open descriptors; a context manager that closes them."""
 

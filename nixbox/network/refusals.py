@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Iterator
 
-from nixbox.values import as_dict, value
+from nixbox.values import asdict, dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _NFULA_PAYLOAD = 9
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Refusal:
     """One thing that the guest did not get: a name, or a connection. `time` is in seconds since the epoch.
 
@@ -53,7 +53,7 @@ class Log:
         self._last[key] = now
         import json  # of no use to a guard until then
 
-        line = json.dumps(as_dict(refusal)) + "\n"
+        line = json.dumps(asdict(refusal)) + "\n"
         try:
             if os.path.exists(self._file) and os.stat(self._file).st_size > _LIMIT_BYTES:
                 os.replace(self._file, f"{self._file}.old")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nixbox.values import value
+from nixbox.values import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ GUEST_ADDRESS = "10.0.2.15"  # the same in every machine: each has a network nam
 GUEST_SHELL_PORT = 2  # of nixbox's own sessions, where the hypervisor has no serial port for them (nix/guest/stage2)
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Policy:
     """What a guest may reach. `domains` cover their subdomains; `ports` are TCP ports (none: 80 and 443).
 

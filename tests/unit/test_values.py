@@ -15,10 +15,10 @@ import pytest
 
 import nixbox
 from nixbox import values
-from nixbox.values import as_dict, changed, value
+from nixbox.values import asdict, dataclass, replace
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Point:
     """Two numbers."""
 
@@ -30,7 +30,7 @@ class Point:
         return self.x + self.y
 
 
-@value(frozen=True)
+@dataclass(frozen=True)
 class Other:
     x: int
     y: int = 2
@@ -38,7 +38,7 @@ class Other:
 
 def test_fields_defaults_and_methods() -> None:
     assert (Point(1).x, Point(1).y, Point(1).sum, Point(y=5, x=4).sum) == (1, 2, 3, 9)
-    assert as_dict(Point(1)) == {"x": 1, "y": 2}
+    assert asdict(Point(1)) == {"x": 1, "y": 2}
     assert repr(Point(1, 3)) == "Point(x=1, y=3)"
     assert Point.__doc__ == "Two numbers."
     match Point(7, 8):
@@ -58,7 +58,7 @@ def test_equal_when_all_is() -> None:
     assert Point(1) != other
     assert {Point(1), Point(1, 2), Point(3)} == {Point(1), Point(3)}
     assert copy.deepcopy(Point(1)) == Point(1)
-    assert changed(Point(1), y=9) == Point(1, 9)
+    assert replace(Point(1), y=9) == Point(1, 9)
 
 
 def test_nothing_changes() -> None:
