@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def test_a_build_that_comes_out_otherwise_is_told_by_file(workspace: Workspace) 
 
 
 def test_an_image_goes_to_another_host_as_a_file(workspace: Workspace, tmp_path: Path) -> None:
-    workspace.config(CONFIG, 'build = "echo from afar > /etc/used-elsewhere"\n')
+    # The host's store may still hold what an earlier run of this test imported, which nobody there has built.
+    said = f"from afar, {uuid.uuid4()}"
+    profile = f'build = "echo {said} > /etc/used-elsewhere"\n'
+    workspace.config(CONFIG, profile)
     facts = json.loads(workspace("build", "--json").stdout)
     path, file = facts["path"], tmp_path / "image.tar"
     sizes = {one["path"]: one["nar_size"] for one in facts["closure"]}
@@ -118,7 +122,7 @@ def test_an_image_goes_to_another_host_as_a_file(workspace: Workspace, tmp_path:
     # Another workspace, without a lock; no mirror can be asked.
     (workspace.path / ".nixbox/nixbox.lock").unlink()
     mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
-    workspace.config(CONFIG + mirror, 'build = "echo from afar > /etc/used-elsewhere"\n')
+    workspace.config(CONFIG + mirror, profile)
 
     bad = tmp_path / "bad.tar"
     with file.open("rb") as whole, bad.open("wb") as out:
@@ -141,13 +145,14 @@ def test_an_image_goes_to_another_host_as_a_file(workspace: Workspace, tmp_path:
     taken = json.loads(workspace("image", "import", str(file), "--sha256", pin, "--json").stdout)
     assert (taken["path"], taken["lock"], taken["fits"]) == (path, "written", True)
     workspace("up", "--locked")
-    assert workspace.guest("cat /etc/used-elsewhere") == "from afar\n"
+    assert workspace.guest("cat /etc/used-elsewhere") == f"{said}\n"
     assert workspace.status()["image"] == path
 
 
 def test_an_image_comes_from_a_binary_cache(workspace: Workspace, server: tuple[str, Path]) -> None:
     url, directory = server
-    workspace.config(CONFIG, 'build = "echo from a cache > /etc/used-cache"\n')
+    profile = f'build = "echo from a cache, {uuid.uuid4()} > /etc/used-cache"\n'
+    workspace.config(CONFIG, profile)
     key, public = directory.parent / f"{directory.name}.key", directory.parent / f"{directory.name}.pub"
     key.write_text(_nix(workspace, "nix", "key", "generate-secret", "--key-name", "ci-1").stdout)
     path = workspace("build", "--store", f"file://{directory}", "--sign-key", str(key)).stdout.strip()
@@ -161,7 +166,7 @@ def test_an_image_comes_from_a_binary_cache(workspace: Workspace, server: tuple[
     refused = workspace("build", "--from", url, code=1)
     assert "is not signed by a trusted key" in refused.stderr and "--public-key" in refused.stderr
     mirror = '[debian]\nmirror = "http://127.0.0.1:9/debian"\n'
-    workspace.config(CONFIG + mirror, 'build = "echo from a cache > /etc/used-cache"\n')
+    workspace.config(CONFIG + mirror, profile)
     taken = workspace("build", "--locked", "--from", url, "--public-key", public.read_text(), "--json")
     data = json.loads(taken.stdout)
     assert (data["path"], data["how"], data["fresh"]) == (path, "substituted", True)
