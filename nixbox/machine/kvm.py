@@ -37,7 +37,9 @@ RUN_BUDGET_S = 0.04  # of CPU time, for each run
 RUN_LIMIT_S = 1.0  # whatever else this host has to do meanwhile
 START_LIMIT_S = 10.0  # for the child's interpreter, on a host as slow as one that is emulated itself
 PROBE_LIMIT_S = 2.0  # from then on, to SIGKILL
-TRIES = 3  # where time ran out, and that is no certain sign
+# Where time ran out, which is no certain sign: an emulated host was seen to stand still for two seconds.
+TRIES = 6
+PATIENCE_S = 5.0  # the last try begins before
 _REAP_S = 0.1
 
 _NESTED_HINT = "use a host with hardware virtualisation; a virtual host must have nested virtualisation turned on"
@@ -96,7 +98,7 @@ def probe(
     start = time.monotonic()
     found = _probe_once(device, opener, measure or _measure, start)
     for _ in range(TRIES - 1):
-        if not _may_pass(found):
+        if not _may_pass(found) or time.monotonic() - start > PATIENCE_S:
             break
         found = _probe_once(device, opener, measure or _measure, start)
     return found
