@@ -19,8 +19,9 @@ COMMENT = b"nixbox"
 
 def make(private: Path) -> None:
     """Write a new pair: `private`, and beside it the same name with `.pub`. Both whole, the private one last."""
-    for leftover in private.parent.glob(f"{private.name}*.new*"):  # of a making that was cut off
-        leftover.unlink()
+    for entry in private.parent.iterdir():  # of a making that was cut off; a pattern would have to be compiled
+        if entry.name.startswith(private.name) and ".new" in entry.name:
+            entry.unlink()
     seed = os.urandom(ed25519.BYTES)
     try:
         public = ed25519.public_half(seed)

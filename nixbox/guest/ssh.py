@@ -98,7 +98,8 @@ def dropbear_key(host_key: str) -> bytes:
 def write_exec_config(directory: Path, name: str, user: str, control: Path) -> Endpoint:
     """Write `exec` and `known_hosts`, for nixbox's own connection; `control` is the socket that its users share."""
     host_key = (directory / "host_key.pub").read_text().split()
-    paths.write_atomic(directory / "known_hosts", f"{name} {host_key[0]} {host_key[1]}\n", mode=0o600)
+    known = f"{name} {host_key[0]} {host_key[1]}\n"
+    paths.write_atomic(directory / "known_hosts", known, mode=0o600, synced=False)
     # Whoever does not find the shared connection must not look for another way.
     return _write_config(directory, "exec", name, user, {"ProxyCommand": "false"}, control)
 
@@ -147,7 +148,7 @@ def _write_config(
     }
     text = f"# Written by nixbox at each start of the machine.\nHost {name}\n"
     text += "".join(f"  {key} {value}\n" for key, value in settings.items())
-    paths.write_atomic(directory / file, text, mode=0o600)
+    paths.write_atomic(directory / file, text, mode=0o600, synced=False)
     return Endpoint(directory / file, name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,21 @@ _LOG_TAIL = 25
 _EVAL_S = 300.0
 
 
+# A store path is always the same, and a start asks for each of these several times.
+@functools.cache
+def _physical(path: Path, _root: Path | None) -> Path:
+    return store.physical(path)
+
+
+@functools.cache
+def _sidecars(image: Path, root: Path | None) -> tuple[Path, ...]:
+    try:
+        links = list(store.physical(image / "sidecars").iterdir())
+    except FileNotFoundError:
+        return ()
+    return tuple(_physical(image / "sidecars" / str(number), root) for number in range(len(links)))
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """A built image: `path` is its store path, `root` the garbage collector root that keeps it.
@@ -41,16 +57,12 @@ class Image:
 
     def file(self, name: str) -> Path:
         """Where a file of the image really lies."""
-        return store.physical(self.path / name)
+        return _physical(self.path / name, store.private_root())
 
     @property
     def sidecars(self) -> tuple[Path, ...]:
         """Its further disks, if it has any: each one's files cover those of the ones before, and the root's."""
-        try:
-            links = list(self.file("sidecars").iterdir())
-        except FileNotFoundError:
-            return ()
-        return tuple(self.file(f"sidecars/{number}") for number in range(len(links)))
+        return _sidecars(self.path, store.private_root())
 
     @property
     def meta(self) -> dict[str, Any]:
