@@ -3,7 +3,8 @@
 Seconds there are those of a host some twenty times slower than a real one, for Python and for guests alike: only the
 ratios of one run say something. Rounds are interleaved, medians are shown, of ratios those of the rounds. "Whole" is
 from a process's start to the exit of the first command; "start" is without Python's own start, the config and the
-image's checks: for nixbox the phases of `up --json` from the disk on, for others what their own calls take.
+image's checks: for nixbox the phases of `up --json` from the disk on, for others what their own calls take. The box
+has its files by 9p; what the first round opened is in its memory in the others (bench/resident.py).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import compileall
 import json
 import marshal
 import os
+import shlex
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,6 +94,22 @@ class Host:
         return Sample(ready, ready, {"boot": boot, "go": ready - boot})
 
 
+_NOTED = "/tmp/opened"
+
+
+@contextmanager
+def resident(box: boxes.Box, apart_from: Path) -> Iterator[None]:
+    """Whatever the body opens in the box, but for what lies in a directory, is in its memory from then on."""
+    env = {"PYTHONPATH": str(CHECKOUT)}
+    program = shlex.join([sys.executable, "-m", "bench.resident", _NOTED])
+    noting = box.run(["sh", "-c", f"{program} >/dev/null & echo $!"], env=env)
+    yield
+    ended = f"kill -TERM {noting.stdout.strip()}; until [ -e {_NOTED} ]; do sleep 0.1; done"
+    done = box.run(["sh", "-euc", f"{ended}; {program} {shlex.quote(str(apart_from))}"], env=env)
+    if done.code != 0:
+        raise SystemExit(f"{noting}\n{done}")
+
+
 def prepare_floor(directory: Path, image: Path) -> None:
     """Settings, keys and `go` for bench/floor_krun.py."""
     directory.mkdir(exist_ok=True)
@@ -132,23 +150,29 @@ RESTORED = {QEMU: "nixbox, qemu/kvm, from the template", KRUN: "nixbox, krun, fr
 FLOOR = "bare libkrun, to `ready`"
 
 
-def measure(contestants: dict[str, Callable[[], Sample]]) -> tuple[dict[str, list[Sample]], dict[str, str]]:
-    """Every contestant in turn: what was measured, and why the others were not. The first round fills the caches."""
+def measure(
+    contestants: dict[str, Callable[[], Sample]], first: AbstractContextManager[object]
+) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Every contestant in turn: what was measured, and why the others were not.
+
+    Two rounds fill the caches, `first` around the first of them.
+    """
     found: dict[str, list[Sample]] = {name: [] for name in contestants}
     failed: dict[str, str] = {}
-    for number in range(ROUNDS + 1):
-        for name, start in contestants.items():
-            if name in failed:
-                continue
-            try:
-                sample = start()
-            except kvm_peers.CannotRun as error:
-                failed[name] = str(error)
-                print(f"… {number} {name}: {error}", file=sys.stderr)
-                continue
-            print(f"… {number} {name}: {sample}", file=sys.stderr)
-            if number:
-                found[name].append(sample)
+    for number in range(-1, ROUNDS + 1):
+        with first if number < 0 else nullcontext():
+            for name, start in contestants.items():
+                if name in failed:
+                    continue
+                try:
+                    sample = start()
+                except kvm_peers.CannotRun as error:
+                    failed[name] = str(error)
+                    print(f"… {number} {name}: {error}", file=sys.stderr)
+                    continue
+                print(f"… {number} {name}: {sample}", file=sys.stderr)
+                if number > 0:
+                    found[name].append(sample)
     return {name: samples for name, samples in found.items() if name not in failed}, failed
 
 
@@ -208,6 +232,7 @@ def main() -> None:
         prepare_floor(place.path / "floor", image)
         saved = undo.enter_context(saved_box(place))
         host = Host(undo.enter_context(boxes.restored(saved)), place)
+        measured = [host.box]
         contestants = {
             KRUN: lambda: host.up("booted", "--cold", "--backend", "krun"),
             FLOOR: host.floor,
@@ -219,11 +244,15 @@ def main() -> None:
             peers = place.path / "peers"
             kvm_peers.prepare(peers, store.physical(image / "root.img"))
             smol, msb = (undo.enter_context(boxes.restored(saved)) for _ in range(2))
+            measured += [smol, msb]
             contestants |= {
                 "smolmachines": lambda: Sample(*kvm_peers.smolmachines(smol, peers, VCPUS, MEMORY_MIB)),
                 "microsandbox": lambda: Sample(*kvm_peers.microsandbox(msb, peers, VCPUS, MEMORY_MIB)),
             }
-        found, failed = measure(contestants)
+        first = ExitStack()
+        for box in measured:
+            first.enter_context(resident(box, place.store))
+        found, failed = measure(contestants, first)
         probed = {}
         if not arguments.quick:
             if Path("/dev/kvm").exists():
