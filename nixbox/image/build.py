@@ -36,10 +36,8 @@ def _physical(path: Path, _root: Path | None) -> Path:
 
 @functools.cache
 def _sidecars(image: Path, root: Path | None) -> tuple[Path, ...]:
-    try:
-        links = list(store.physical(image / "sidecars").iterdir())
-    except FileNotFoundError:
-        return ()
+    directory = store.physical(image) / "sidecars"  # raises for an image that is not there, which is not remembered
+    links = list(directory.iterdir()) if directory.is_dir() else []
     return tuple(_physical(image / "sidecars" / str(number), root) for number in range(len(links)))
 
 
@@ -62,7 +60,10 @@ class Image:
     @property
     def sidecars(self) -> tuple[Path, ...]:
         """Its further disks, if it has any: each one's files cover those of the ones before, and the root's."""
-        return _sidecars(self.path, store.private_root())
+        try:
+            return _sidecars(self.path, store.private_root())
+        except FileNotFoundError:
+            return ()
 
     @property
     def meta(self) -> dict[str, Any]:
