@@ -130,7 +130,7 @@ def prepare_floor(directory: Path, image: Path) -> None:
 
 
 @contextmanager
-def saved_box(place: Home) -> Iterator[boxes.Saved]:
+def saved_box(place: Home, *, counting: bool = False) -> Iterator[boxes.Saved]:
     """A KVM host to go on from, of the same lock as the image."""
     directory = place.path / "box"
     directory.mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ def saved_box(place: Home) -> Iterator[boxes.Saved]:
     lock.pop("krun", None)
     kernel, initrd = boxes.build(boxes.lock_of(json.dumps(lock)), directory)
     try:
-        yield boxes.save(kernel, initrd, directory)
+        yield boxes.save(kernel, initrd, directory, counting=counting)
     finally:
         shutil.rmtree(directory)
 
@@ -224,13 +224,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kvm", description=__doc__)
     parser.add_argument("--home", type=Path, help="work here and keep the image for the next call")
     parser.add_argument("--quick", action="store_true", help="nixbox and its floor alone: no peers, no probe")
+    parser.add_argument("--instructions", action="store_true", help="the box's clock counts instructions")
     arguments = parser.parse_args()
     compileall.compile_dir(CHECKOUT / "nixbox", quiet=1)  # as an installed program's modules are
     with home.home(arguments.home) as place, ExitStack() as undo:
         (place.workspace / ".nixbox" / "config.toml").write_text(CONFIG)
         image = place.image()
         prepare_floor(place.path / "floor", image)
-        saved = undo.enter_context(saved_box(place))
+        saved = undo.enter_context(saved_box(place, counting=arguments.instructions))
         host = Host(undo.enter_context(boxes.restored(saved)), place)
         measured = [host.box]
         contestants = {

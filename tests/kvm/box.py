@@ -47,7 +47,7 @@ class BoxError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a command in the box ended."""
+    """How a command in the box ended, and after how many seconds there (proc_uptime(5): to a hundredth)."""
 
     code: int
     stdout: str
@@ -57,12 +57,16 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A box before it has anybody's files: its kernel and initrd, its memory (a file, sparse) and its devices."""
+    """A box before it has anybody's files: its kernel and initrd, its memory (a file, sparse) and its devices.
+
+    `counting`: its clock counts instructions, see Box.
+    """
 
     kernel: Path
     initrd: Path
     memory: Path
     state: bytes
+    counting: bool = False
 
 
 # --- kernel and initrd ---
@@ -100,8 +104,14 @@ def build(lock: locks.Lock, directory: Path) -> tuple[Path, Path]:
 class Box:
     """One emulated host. A context manager: it ends with the block."""
 
-    def __init__(self, kernel: Path, initrd: Path, memory: Path, *, state: bytes | None) -> None:
-        """Boot with `memory` as the file behind its memory, or (`state`) go on from it, leaving it as it is."""
+    def __init__(
+        self, kernel: Path, initrd: Path, memory: Path, *, state: bytes | None, counting: bool = False
+    ) -> None:
+        """Boot with `memory` as the file behind its memory, or (`state`) go on from it, leaving it as it is.
+
+        With `counting` a nanosecond of its clock is an instruction of its CPU, or one that it idles (QEMU's -icount):
+        what it measures is then the same whatever else this host does, and code that is translated costs nothing.
+        """
         # Not pytest's directories: a unix socket's path is short.
         self.directory = Path(tempfile.mkdtemp(prefix="nbxbox"))
         self.work = self.directory / "work"
@@ -117,7 +127,8 @@ class Box:
         # may go on with what it translated before: both then take the same trap for ever, once in some fifty VMs.
         argv = [
             *("qemu-system-x86_64", "-name", "nixbox-kvm-box", "-nodefaults", "-no-user-config", "-no-reboot"),
-            *("-display", "none", "-M", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
+            *("-display", "none", "-M", "q35,memory-backend=mem", "-accel"),
+            *(("tcg,thread=single", "-icount", "shift=0,sleep=on") if counting else ("tcg,thread=multi",)),
             *("-cpu", "EPYC,+svm,+npt", "-smp", "1", "-m", f"{MEMORY_MIB}M"),
             *("-object", f"memory-backend-file,id=mem,size={MEMORY_MIB}M,mem-path={memory},share={share}"),
             *("-kernel", str(kernel), "-initrd", str(initrd), "-append", _KERNEL_ARGS),
@@ -228,13 +239,12 @@ class Box:
         number = str(self._number)
         lines = [f"export {name}={shlex.quote(value)}" for name, value in (env or {}).items()]
         script = "\n".join([*lines, f"cd {shlex.quote(cwd)} || exit 126", f"exec {shlex.join(argv)}", ""])
-        begun = time.monotonic()
         self._send(f"{number} {base64.b64encode(script.encode()).decode()}")
         words = self.expect(timeout_s).split()
-        if len(words) != 2 or words[0] != number:
+        if len(words) != 4 or words[0] != number:
             raise self._error(f"it was to end request {number}, and says {words}")
         out, err = ((self.work / f"{number}.{end}").read_text(errors="replace") for end in ("out", "err"))
-        return Done(int(words[1]), out, err, time.monotonic() - begun)
+        return Done(int(words[1]), out, err, float(words[3]) - float(words[2]))
 
     def terminal(self) -> socket.socket:
         """The other end of /dev/virtio-ports/box.shell, for a shell of a person's. Raises BoxError."""
@@ -254,20 +264,20 @@ class Box:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def save(kernel: Path, initrd: Path, directory: Path) -> Saved:
+def save(kernel: Path, initrd: Path, directory: Path, *, counting: bool = False) -> Saved:
     """Boot a box up to where it waits for its host's files, and keep it in `directory`."""
     memory = directory / "memory"
-    with Box(kernel, initrd, memory, state=None) as box:
+    with Box(kernel, initrd, memory, state=None, counting=counting) as box:
         if box.expect(_START_S) != "ready":
             raise BoxError("the emulated KVM host does not get ready")
         time.sleep(0.5)  # the last of its start goes on beside: let it become idle
         state = box.save()
-    return Saved(kernel, initrd, memory, state)
+    return Saved(kernel, initrd, memory, state, counting)
 
 
 @contextmanager
 def restored(saved: Saved) -> Iterator[Box]:
     """A box that goes on from a saved one, with the host's files mounted."""
-    with Box(saved.kernel, saved.initrd, saved.memory, state=saved.state) as box:
+    with Box(saved.kernel, saved.initrd, saved.memory, state=saved.state, counting=saved.counting) as box:
         box.mount()
         yield box

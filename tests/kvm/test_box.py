@@ -18,6 +18,7 @@ def test_commands_and_files_go_both_ways(box: Box) -> None:
     assert (done.code, done.stdout, done.stderr) == (3, "in\n", "err\n")
     assert (box.work / "other").read_text() == "a 'b'\n"
     assert box.run(["pwd"], cwd="/usr").stdout == "/usr\n"
+    assert box.run(["sleep", "0.3"]).seconds >= 0.29
 
 
 def test_it_is_a_kvm_host_with_this_hosts_files(box: Box) -> None:
