@@ -26,6 +26,7 @@ from nixbox.errors import NixboxError
 from nixbox.machine import relay
 from nixbox.machine.cloud_hypervisor_api import Api
 from nixbox.machine.cloud_hypervisor_vhost import Directory
+from nixbox.plan.network import GUEST_MAC
 from nixbox.values import dataclass, field
 
 _NET = "net"
@@ -106,7 +107,7 @@ class Launcher:
         Path(self.settings.vm["serial"]["socket"]).unlink(missing_ok=True)  # it is only ever made anew
         api.put("vm.create", self.settings.vm, timeout_s=_BOOT_TIMEOUT_S)
         # It takes the largest packet's size from the device, and could not set it: it has no right over the network.
-        api.put("vm.add-net", {"id": _NET}, fds=[self.settings.fds["tap"]])
+        api.put("vm.add-net", {"id": _NET, "mac": GUEST_MAC}, fds=[self.settings.fds["tap"]])
         self._serve_control()
         api.put("vm.boot", timeout_s=_BOOT_TIMEOUT_S)
 

@@ -19,6 +19,7 @@ import time
 
 from nixbox import jails, linux
 from nixbox.machine import krun_snapshots, relay
+from nixbox.plan.network import GUEST_MAC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ _RAW = 0  # KRUN_DISK_FORMAT_RAW
 _WARN, _NO_STYLE, _NO_ENV = 2, 2, 1  # krun_init_log
 # virtio_net.h: checksums and segments of TCP over IPv4, both ways.
 _NET_FEATURES = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 11
-_MAC = bytes.fromhex("525400123456")
 _DEVICES = ("/dev/kvm", "/dev/net/tun")
 _PANICKED = b"panicked at"
 _MEMORY = "/memory"
@@ -201,7 +201,8 @@ def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) 
         readonly = closed[number] if number < len(closed) else True  # nothing is behind a template's
         lib.call("krun_add_virtiofs3", context, tag.encode(), f"/share{number}".encode(), 0, readonly)
     tap = ffi.new("char[]", settings["tap"].encode())
-    lib.call("krun_add_net_tap", context, tap, ffi.new("uint8_t[6]", _MAC), _NET_FEATURES, 0)
+    mac = ffi.new("uint8_t[6]", bytes.fromhex(GUEST_MAC.replace(":", "")))
+    lib.call("krun_add_net_tap", context, tap, mac, _NET_FEATURES, 0)
     ports = lib.call("krun_add_virtio_console_multiport", context)
     lib.call("krun_add_console_port_tty", context, ports, b"", console)
     lib.call("krun_add_console_port_inout", context, ports, b"nixbox.control", guest, guest)

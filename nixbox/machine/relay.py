@@ -15,7 +15,9 @@ WITH_PAYLOAD = (b"go", b"env", b"mount", b"unmount")
 _CHUNK = 1 << 16
 _LONGEST = 16 << 20  # of one message
 # Until the guest's server listens: a refused connection costs a fraction of this, one that nobody answers all of it.
-_CONNECT_TIMEOUT_S = 1.0
+# A guest that was just restored does not see what came before it woke up until something else comes: libkrun waits
+# for its network device to change. So the first tries are short, and few, since all of them reach the guest then.
+_CONNECT_TIMEOUTS_S = (0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
 _CONNECT_AGAIN_S = 0.005
 _CONNECT_LIMIT_S = 60.0
 
@@ -118,14 +120,18 @@ def _shell(host: socket.socket, address: tuple[str, int]) -> None:
 def _connected(address: tuple[str, int]) -> socket.socket:
     """Connect to a server that may not listen yet. Raises OSError after a minute."""
     deadline = time.monotonic() + _CONNECT_LIMIT_S
+    timeouts = iter(_CONNECT_TIMEOUTS_S)
+    timeout_s = next(timeouts)
     while True:
         # Not create_connection: it looks names up, for which a process in a jail has no files.
         guest = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            guest.settimeout(_CONNECT_TIMEOUT_S)
+            guest.settimeout(timeout_s)
             guest.connect(address)
-        except OSError:
+        except OSError as error:
             guest.close()
+            if isinstance(error, TimeoutError):
+                timeout_s = next(timeouts, timeout_s)
             if time.monotonic() > deadline:
                 raise
             time.sleep(_CONNECT_AGAIN_S)

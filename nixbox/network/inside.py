@@ -14,9 +14,12 @@ import socket
 import struct
 
 from nixbox.network import namespace, policy
+from nixbox.plan.network import GUEST_MAC
 
 # linux/sockios.h
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x890B, 0x8914, 0x8916, 0x891C, 0x8924
+_SIOCSARP = 0x8955
+_ATF_COM = 0x02  # linux/if_arp.h
 _ARPHRD_ETHER = 1
 _RTF_UP = 1
 _LAST_METRIC = 10_000
@@ -83,6 +86,19 @@ def set_up_device() -> None:
         for name in ("lo", policy.DEVICE):
             fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), _IFF_UP | _IFF_RUNNING))
         _last_route(sock)
+        _neighbour(sock)
+
+
+def _neighbour(sock: socket.socket) -> None:
+    """Where the guest is, so that nobody asks: one that is still asleep would be asked again a second later.
+
+    Not for good (ATF_PERM): a guest may take another address.
+    """
+    mac = bytes.fromhex(GUEST_MAC.replace(":", ""))
+    # struct arpreq (linux/if_arp.h): both addresses as a sockaddr, flags, a mask, the device.
+    there = struct.pack("@H2x4s8x", socket.AF_INET, socket.inet_aton(policy.GUEST))
+    entry = there + struct.pack("@H6s8xi16x16s", _ARPHRD_ETHER, mac, _ATF_COM, policy.DEVICE.encode())
+    fcntl.ioctl(sock, _SIOCSARP, entry)
 
 
 def _last_route(sock: socket.socket) -> None:

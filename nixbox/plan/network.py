@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # by the host's own sockets (passt(1)), so packets may be large.
 NETWORK_MTU = 65520
 GUEST_ADDRESS = "10.0.2.15"  # the same in every machine: each has a network namespace of its own
+GUEST_MAC = "52:54:00:12:34:56"  # likewise; QEMU's own default
 GUEST_SHELL_PORT = 2  # of nixbox's own sessions, where the hypervisor has no serial port for them (nix/guest/stage2)
 
 

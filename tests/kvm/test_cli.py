@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from nixbox.plan.network import GUEST_MAC
 from tests.kvm import box as boxes
 from tests.kvm.box import Done
 from tests.vm import internet
@@ -200,7 +201,9 @@ def _network(host: Host) -> None:
     refused = [f"if {get} {place} >&2; then echo {place} answered; fi" for place in places]
     # Nothing but the card leads out: no vsock (VIRTIO_ID_VSOCK), by which libkrun reaches the host's network.
     vsock = "grep -l 0x0013 /sys/bus/virtio/devices/*/device || true"
-    assert host.guest("\n".join([f"{get} http://allowed.example:8080/", *refused, vsock])) == "200\n"
+    mac = "cat /sys/class/net/eth0/address"
+    said = host.guest("\n".join([f"{get} http://allowed.example:8080/", *refused, vsock, mac]))
+    assert said == f"200\n{GUEST_MAC}\n", "and the namespace knows where the guest is without asking"
 
 
 def _idles(host: Host, pid: int) -> None:

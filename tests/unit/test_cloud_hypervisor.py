@@ -23,6 +23,7 @@ from nixbox.errors import HostError, NixboxError
 from nixbox.machine.backend import Backend, MemoryFile, Sockets, VmSpec
 from nixbox.machine.cloud_hypervisor import CloudHypervisor, launcher_socket, vm_config
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed, ApiError
+from nixbox.plan.network import GUEST_MAC
 from tests import cloud_hypervisor as standin
 
 ROOT = Path(standin.__file__).parent.parent
@@ -271,7 +272,7 @@ def test_a_saved_machine_goes_on_as_another(machines: Any, tmp_path: Path) -> No
     own = vm_config(second.spec, second.sockets.control.with_name("serial"))
     info = Api(second.sockets.monitor).get("vm.info")["config"]
     assert {name: info[name] for name in own} == own
-    assert info["net"] == [{"id": "net"}]
+    assert info["net"] == [{"id": "net", "mac": GUEST_MAC}]
     assert not [path for path in second.log.parent.iterdir() if path.name.startswith(("load", "save"))]
 
 

@@ -373,3 +373,21 @@ def test_shells_do_not_wait_for_each_other(shells: Shells) -> None:
         assert read(other_host, 6) == b"second"
         guest.sendall(b"first")
         assert read(host, 5) == b"first"
+
+
+def test_a_sleeping_guest_is_asked_again_soon_and_then_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: list[float] = []
+
+    class Sleeping(socket.socket):
+        def settimeout(self, value: float | None) -> None:
+            if value is not None:
+                timeouts.append(value)
+
+        def connect(self, address: object) -> None:
+            if len(timeouts) < 9:
+                raise TimeoutError
+
+    monkeypatch.setattr(relay, "time", clock(lambda: None))
+    monkeypatch.setattr(socket, "socket", Sleeping)
+    relay._connected(("127.0.0.1", 2)).close()
+    assert timeouts == [0.02, 0.04, 0.08, 0.16, 0.32, 1.0, 1.0, 1.0, 1.0]
