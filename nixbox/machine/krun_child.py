@@ -19,7 +19,7 @@ import time
 
 from nixbox import jails, linux
 from nixbox.machine import krun_snapshots, relay
-from nixbox.plan.network import GUEST_MAC
+from nixbox.plan.network import GUEST_MAC, mac_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) 
         readonly = closed[number] if number < len(closed) else True  # nothing is behind a template's
         lib.call("krun_add_virtiofs3", context, tag.encode(), f"/share{number}".encode(), 0, readonly)
     tap = ffi.new("char[]", settings["tap"].encode())
-    mac = ffi.new("uint8_t[6]", bytes.fromhex(GUEST_MAC.replace(":", "")))
+    mac = ffi.new("uint8_t[6]", mac_bytes(GUEST_MAC))
     lib.call("krun_add_net_tap", context, tap, mac, _NET_FEATURES, 0)
     ports = lib.call("krun_add_virtio_console_multiport", context)
     lib.call("krun_add_console_port_tty", context, ports, b"", console)

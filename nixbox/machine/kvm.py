@@ -14,7 +14,6 @@ import select
 import signal
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Never
 
+from nixbox.errors import NixboxError
 from nixbox.values import asdict, dataclass
 
 WARM_UP_ROUNDS = 1_000  # takes the first faults on page tables and code
@@ -223,8 +223,13 @@ def cached_probe(cache_dir: Path, device: str = "/dev/kvm") -> KvmProbe:
             return _from_json(saved["probe"])
     found = probe(device)
     if _is_certain(found):
-        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            _write_atomically(path, {"key": key, "probe": asdict(found) | {"state": found.state.value}})
+        from nixbox import paths  # the child need not pay for it
+
+        text = json.dumps({"key": key, "probe": asdict(found) | {"state": found.state.value}})
+        with suppress(OSError, NixboxError):  # a cache that cannot be written costs time, nothing else
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # After a crash the boot id differs anyway.
+            paths.write_atomic(path, text, mode=0o600, synced=False)
     return found
 
 
@@ -261,19 +266,6 @@ def _from_json(saved: dict[str, Any]) -> KvmProbe:
         }:
             return KvmProbe(KvmState(state), reason, hint, run_ms, total_ms)
     raise ValueError("not a saved probe")
-
-
-def _write_atomically(path: Path, value: Any) -> None:
-    # No fsync: a file torn by a crash is not read, and after a crash the boot id differs anyway.
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=".kvm-", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w") as file:
-            json.dump(value, file)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # --- the child ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import socket
 import struct
 
 from nixbox.network import namespace, policy
-from nixbox.plan.network import GUEST_MAC
+from nixbox.plan.network import GUEST_MAC, mac_bytes
 
 # linux/sockios.h
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x890B, 0x8914, 0x8916, 0x891C, 0x8924
@@ -78,7 +78,7 @@ def set_up_device() -> None:
             fcntl.ioctl(sock, request, packed)
 
         # The same in every namespace: a guest that was saved knows it still.
-        mac = bytes.fromhex(policy.GATEWAY_MAC.replace(":", ""))
+        mac = mac_bytes(policy.GATEWAY_MAC)
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", policy.DEVICE.encode(), _ARPHRD_ETHER, mac))
         address(_SIOCSIFADDR, policy.GATEWAY)
         mask = 0xFFFFFFFF << (32 - policy.PREFIX) & 0xFFFFFFFF
@@ -94,10 +94,11 @@ def _neighbour(sock: socket.socket) -> None:
 
     Not for good (ATF_PERM): a guest may take another address.
     """
-    mac = bytes.fromhex(GUEST_MAC.replace(":", ""))
     # struct arpreq (linux/if_arp.h): both addresses as a sockaddr, flags, a mask, the device.
     there = struct.pack("@H2x4s8x", socket.AF_INET, socket.inet_aton(policy.GUEST))
-    entry = there + struct.pack("@H6s8xi16x16s", _ARPHRD_ETHER, mac, _ATF_COM, policy.DEVICE.encode())
+    entry = there + struct.pack(
+        "@H6s8xi16x16s", _ARPHRD_ETHER, mac_bytes(GUEST_MAC), _ATF_COM, policy.DEVICE.encode()
+    )
     fcntl.ioctl(sock, _SIOCSARP, entry)
 
 

@@ -17,6 +17,11 @@ GUEST_MAC = "52:54:00:12:34:56"  # likewise; QEMU's own default
 GUEST_SHELL_PORT = 2  # of nixbox's own sessions, where the hypervisor has no serial port for them (nix/guest/stage2)
 
 
+def mac_bytes(mac: str) -> bytes:
+    """The six bytes of an address of Ethernet's, as `02:00:00:00:00:02`."""
+    return bytes.fromhex(mac.replace(":", ""))
+
+
 @dataclass(frozen=True)
 class Policy:
     """What a guest may reach. `domains` cover their subdomains; `ports` are TCP ports (none: 80 and 443).
