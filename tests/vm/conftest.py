@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,6 +34,16 @@ def processes(*words: bytes) -> list[int]:
             continue
         if all(word in line for word in words):
             found.append(int(process.name))
+    return found
+
+
+def held_by(pid: int) -> list[str]:
+    """What a process has open, by path; nothing of one that has ended."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(str(fd.readlink()))
     return found
 
 
@@ -93,6 +104,13 @@ class Workspace:
     def machine(self, name: str = "box") -> Path:
         """The machine's directory on the host."""
         return self.path / ".nixbox" / "machines" / name
+
+    def of_session(self, *words: bytes) -> list[int]:
+        """The processes with such a command line that stand beside this session's machines: they hold locks of
+        theirs, which need not be there any more.
+        """
+        runtime = f"{self.env['XDG_RUNTIME_DIR']}/"
+        return [pid for pid in processes(*words) if any(held.startswith(runtime) for held in held_by(pid))]
 
     def vm_pids(self) -> list[int]:
         """The VM processes of this workspace: those whose command line names it."""

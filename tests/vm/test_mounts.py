@@ -256,19 +256,8 @@ def test_a_virtiofsd_that_was_taken_over_has_nothing(box: Workspace) -> None:
 
 
 def daemons(box: Workspace) -> list[int]:
-    """The virtiofsd processes of a workspace's machines: by the locks that they hold."""
-    found = []
-    for lock in Path(box.env["XDG_RUNTIME_DIR"]).glob("nixbox/*/*.lock"):
-        info = lock.stat()
-        for pid in processes(b"virtiofsd"):
-            for entry in Path(f"/proc/{pid}/fd").iterdir():
-                try:
-                    there = entry.stat()
-                except OSError:
-                    continue
-                if (there.st_dev, there.st_ino) == (info.st_dev, info.st_ino):
-                    found.append(pid)
-    return found
+    """The virtiofsd processes of this session's machines."""
+    return box.of_session(b"virtiofsd")
 
 
 def test_a_workspace_that_a_guest_makes_is_not_the_users(box: Workspace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import pytest
 
 import nixbox
 from tests.vm import internet, test_credentials, test_mounts, world
-from tests.vm.conftest import RESOURCES, Home, Workspace, processes
+from tests.vm.conftest import RESOURCES, Home, Workspace
 from tests.vm.world import World
 
 GATEWAY = "10.0.2.2"
@@ -270,18 +269,8 @@ def test_a_running_machine_follows_its_user_and_its_host(box: Workspace, net: Wo
 
 
 def _guards(box: Workspace) -> list[int]:
-    """The guard processes of this session's machines and all that they have started: they hold a lock of theirs."""
-    runtime = box.env["XDG_RUNTIME_DIR"]
-    return [pid for pid in processes(b"nixbox-guard-box") if any(held.startswith(runtime) for held in _open(pid))]
-
-
-def _open(pid: int) -> list[str]:
-    found = []
-    with contextlib.suppress(FileNotFoundError):  # it has ended
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                found.append(str(fd.readlink()))
-    return found
+    """The guard processes of this session's machines and all that they have started."""
+    return box.of_session(b"nixbox-guard-box")
 
 
 @pytest.mark.parametrize("mode", ["off", "filtered"])
