@@ -39,6 +39,7 @@ ROUNDS = 3
 PROBES = 1000
 LIMIT_S = 300.0
 _BEFORE = ("config", "lock", "build", "prepare")  # phases of `up` that are no part of the machine's start
+_NOTED = "/tmp/opened"  # in the box
 # As nixbox.machine.overlay makes it; /tmp is a tmpfs in the box.
 _DISK = (
     f"rm -f /tmp/floor; truncate -s {DISK_MIB}M /tmp/floor; mke2fs -q -t ext4 -F -m 0 -L nixbox-overlay "
@@ -94,20 +95,19 @@ class Host:
         return Sample(ready, ready, {"boot": boot, "go": ready - boot})
 
 
-_NOTED = "/tmp/opened"
-
-
 @contextmanager
 def resident(box: boxes.Box, apart_from: Path) -> Iterator[None]:
     """Whatever the body opens in the box, but for what lies in a directory, is in its memory from then on."""
     env = {"PYTHONPATH": str(CHECKOUT)}
-    program = shlex.join([sys.executable, "-m", "bench.resident", _NOTED])
-    noting = box.run(["sh", "-c", f"{program} >/dev/null & echo $!"], env=env)
+    program = [sys.executable, "-m", "bench.resident", _NOTED]
+    noting = box.run(program, env=env)
+    if noting.code != 0:
+        raise SystemExit(str(noting))
     yield
     ended = f"kill -TERM {noting.stdout.strip()}; until [ -e {_NOTED} ]; do sleep 0.1; done"
-    done = box.run(["sh", "-euc", f"{ended}; {program} {shlex.quote(str(apart_from))}"], env=env)
+    done = box.run(["sh", "-euc", f"{ended}; {shlex.join([*program, str(apart_from)])}"], env=env)
     if done.code != 0:
-        raise SystemExit(f"{noting}\n{done}")
+        raise SystemExit(str(done))
 
 
 def prepare_floor(directory: Path, image: Path) -> None:

@@ -4,7 +4,8 @@ There, this host's files come over 9p, and even those whose contents are cached 
 modules of one command alone, half a second of Python's. Opened files are told by fanotify(7) and copied into the
 upper layer of the box's overlay, a tmpfs, by setting their times to what they are.
 
-    python -m bench.resident LIST            note in LIST what is opened from now on, until it is ended by SIGTERM
+    python -m bench.resident LIST            print the number of a process that notes what is opened from now on, and
+                                             writes it into LIST when it is ended by SIGTERM
     python -m bench.resident LIST EXCEPT…    copy what LIST names, but nothing below these directories
 """
 
@@ -26,13 +27,18 @@ _EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of these
 
 
 def note(listed: Path) -> None:
-    """Write the paths of all that is opened below `/` into a file. Raises OSError."""
+    """Begin to note what is opened below `/`, in a process of its own. Raises OSError."""
+    listed.unlink(missing_ok=True)
     libc = ctypes.CDLL(None, use_errno=True)
     events = libc.fanotify_init(_CLASS_NOTIF | _UNLIMITED_QUEUE, os.O_RDONLY | os.O_CLOEXEC)
     marked = libc.fanotify_mark(events, _MARK_ADD | _MARK_FILESYSTEM, ctypes.c_uint64(_OPEN | _OPEN_EXEC), -1, b"/")
     if events < 0 or marked < 0:
         raise OSError(ctypes.get_errno(), "fanotify")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    child = os.fork()
+    if child:
+        print(child)
+        return
     found: set[str] = set()
     try:
         while True:
@@ -44,11 +50,13 @@ def note(listed: Path) -> None:
                 found.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
                 os.close(fd)
     finally:
-        listed.write_text("\0".join(sorted(found)))
+        whole = listed.with_name(f"{listed.name}.new")
+        whole.write_text("\0".join(sorted(found)))
+        whole.replace(listed)
 
 
 def copy(listed: Path, apart_from: Sequence[str]) -> None:
-    """Copy into the upper layer what the file names, and what is not there yet: that has the file's own device."""
+    """Copy into the upper layer what the file names; what was made there has the file's own device."""
     upper = listed.stat().st_dev
     for name in listed.read_text().split("\0"):
         path = Path(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
+from bench.kvm import resident
 from tests.kvm import box as boxes
 from tests.kvm.box import Box, BoxError, Saved
 
@@ -27,6 +29,19 @@ def test_it_is_a_kvm_host_with_this_hosts_files(box: Box) -> None:
     )
     for command in ("touch /usr/made; test -e /usr/made", "test -e /proc/self/exe"):
         assert box.run(["sh", "-c", command]).code == 0, command
+
+
+def test_what_is_opened_once_is_in_memory(box: Box) -> None:
+    program = Path("/usr/bin/qemu-system-x86_64")
+
+    def grows(apart_from: str) -> int:
+        used = ["df", "--block-size=1", "--output=used", "/"]  # of the tmpfs over the host's files
+        before = int(box.run(used).stdout.split()[1])
+        with resident(box, Path(apart_from)):
+            assert box.run(["head", "-c", "1", str(program)]).code == 0
+        return int(box.run(used).stdout.split()[1]) - before
+
+    assert grows("/usr/bin") < program.stat().st_size <= grows("/usr/share")
 
 
 def test_another_begins_where_the_first_did(saved: Saved) -> None:
