@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 BYTES = 32  # of either half
 SIGNATURE_BYTES = 64

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nixbox.config import cache
 from nixbox.report import Reporter
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.config.settings import Loaded, Overrides
     from nixbox.config.sources import Sources
 

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,6 +220,8 @@ def _runtime_base() -> tuple[Path, bool]:
     # 66 leaves room for "/nixbox/<12>/ssh" and the 17 bytes that ssh adds to its control socket's name at first.
     if base.startswith("/") and len(os.fsencode(base)) <= 66 and os.access(base, os.W_OK):
         return Path(base), False
+    import tempfile
+
     temporary = tempfile.gettempdir()
     if len(os.fsencode(temporary)) > 50:
         # A directory of our own is made in it, and checked.

@@ -15,10 +15,15 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
 
-from nixbox import forkserver, run
+from nixbox import run
 from nixbox.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Protocol
+else:  # without what `typing` costs
+    Protocol = object
 
 _NOWHERE = Path(os.devnull)
 _ANSWER_TIMEOUT_S = 30.0  # it may still be importing, on a slow and busy host
@@ -33,11 +38,9 @@ class Program(Protocol):
 
     def kill(self) -> None:
         """End it at once, unless it has ended."""
-        ...
 
     def wait(self) -> object:
         """Wait for its end."""
-        ...
 
 
 class Forked:
@@ -110,7 +113,9 @@ class Programs:
 
         `label` is what a list of processes shows; it inherits `pass_fds` at their numbers. Raises HostError.
         """
-        if self._orders is not None and len(pass_fds) <= forkserver.MOST_FDS - 3:
+        from nixbox.forkserver import MOST_FDS
+
+        if self._orders is not None and len(pass_fds) <= MOST_FDS - 3:
             forked = self._fork(self._orders, module, label, arguments, log, pass_fds)
             if forked is not None:
                 return forked

@@ -17,10 +17,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
 
 from nixbox.errors import ExitCode, HostError, NixboxError, TimeoutExpired
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn, TypeAlias
 
 # What a child may see of our environment. Secrets of the caller's shell are not in it by default.
 _ENV_EXACT = frozenset(

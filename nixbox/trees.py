@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 from nixbox.values import dataclass
@@ -58,6 +57,8 @@ class Tree:
 
     def write(self, directory: Path) -> None:
         """Make `directory` with just this in it, whole or not at all; one that is there is taken for it."""
+        import tempfile
+
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
             for name, executable, content in self.entries:

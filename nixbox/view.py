@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 from nixbox.errors import NixboxError
 from nixbox.machine import snapshot, usage
@@ -14,6 +13,10 @@ from nixbox.machine.usage import Usage
 from nixbox.plan.model import Shared
 from nixbox.report import harmless
 from nixbox.values import asdict, dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TextIO
 
 
 @dataclass(frozen=True, slots=True)

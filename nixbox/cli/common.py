@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from nixbox.errors import NixboxError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.report import Reporter
     from nixbox.session import Sandbox
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that everything begun is ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
+class Interrupted(Exception):
+    """Ctrl-C and the like, in a shape that the parser does not turn into an exit code of its own."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+class PipeClosed(Exception):
+    """Whoever read our output has gone, likewise."""
 
 
 _made: list[Reporter] = []  # the one reporter of this process: `main` takes its live display away, whatever happens
@@ -57,16 +76,8 @@ def complete_machine(incomplete: str) -> list[str]:
     return [m.name for m in all_machines(workspace) if m.name.startswith(incomplete)]
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Machine = Annotated[
-    str | None,
-    typer.Option("--machine", "-m", help="Another machine than the default.", autocompletion=complete_machine),
-]
-
-
 def print_json(data: object) -> None:
     """Data on stdout, for machines."""
+    import json
+
     print(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this profile instead of the config's.")]

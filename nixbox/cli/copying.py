@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from nixbox.cli.common import Machine, reporter, sandbox
+from nixbox.cli.common import reporter, sandbox
+from nixbox.cli.options import Machine
 from nixbox.errors import ConfigError
 
 _USAGE = "nixbox cp SOURCE… TARGET, where the guest's paths begin with guest: (or a machine's name and a colon)"

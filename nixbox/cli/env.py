@@ -8,7 +8,8 @@ from pathlib import Path
 
 import typer
 
-from nixbox.cli.common import Json, Machine, print_json
+from nixbox.cli.common import print_json
+from nixbox.cli.options import Json, Machine
 
 env_app = typer.Typer(help="The variables that the guest is given.", no_args_is_help=True)
 

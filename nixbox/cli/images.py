@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, Profile, print_json, reporter, sandbox
+from nixbox.cli.common import print_json, reporter, sandbox
+from nixbox.cli.options import Json, Profile
 from nixbox.cli.stores import image_app
 from nixbox.errors import ConfigError
 

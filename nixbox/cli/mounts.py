@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Machine
+from nixbox.cli.options import Machine
 
 if TYPE_CHECKING:
     from nixbox.session import Sandbox

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, Machine, print_json
+from nixbox.cli.common import print_json
+from nixbox.cli.options import Json, Machine
 from nixbox.errors import ConfigError
 
 if TYPE_CHECKING:

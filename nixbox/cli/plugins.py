@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json
+from nixbox.cli.common import print_json
+from nixbox.cli.options import Json
 from nixbox.errors import ConfigError, NixboxError
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ the commands that plugins bring are listed there too. `nixbox --debug COMMAND` s
 
 def cli_reference() -> str:
     """Markdown: the exit codes, then a section for each command with its usage, arguments and options."""
-    from nixbox.cli import app
+    from nixbox.cli.parser import app
 
     codes = "".join(f"| {int(one)} | {EXIT_CODES.get(one, '')} |\n" for one in ExitCode)
     own = sorted(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]  # it is a group

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nixbox.cli.common import Json, Machine, print_json, reporter, sandbox
+from nixbox.cli.common import print_json, reporter, sandbox
+from nixbox.cli.options import Json, Machine
 
 
 def complete_target(incomplete: str) -> list[str]:

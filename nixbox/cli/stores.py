@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json
+from nixbox.cli.common import print_json
+from nixbox.cli.options import Json
 from nixbox.errors import ConfigError
 
 image_app = typer.Typer(help="List and collect built images.", no_args_is_help=True, rich_markup_mode=None)

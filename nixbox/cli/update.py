@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nixbox.cli.common import Json, print_json, reporter, sandbox
+from nixbox.cli.common import print_json, reporter, sandbox
+from nixbox.cli.options import Json
 from nixbox.config.names import shown
 from nixbox.errors import ConfigError, NixboxError
 

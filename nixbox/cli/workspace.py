@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from nixbox.cli.common import Json, Profile, print_json, sandbox
+from nixbox.cli.common import print_json, sandbox
+from nixbox.cli.options import Json, Profile
 from nixbox.errors import ExitCode
 
 

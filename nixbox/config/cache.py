@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nixbox import paths, trees
 from nixbox.config.settings import (
@@ -30,7 +28,10 @@ from nixbox.config.settings import (
 from nixbox.errors import NixboxError
 from nixbox.values import asdict
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.config.schema import UserSettings
     from nixbox.config.sources import Sources
 
@@ -95,10 +96,10 @@ def _digest(loaded: Loaded) -> str | None:
 def _read(kept: Path, workspace: Path) -> Loaded | None:
     try:
         data: dict[str, Any] = json.loads(kept.read_text())
-        literals = tomllib.loads((workspace / paths.CONFIG_DIR / paths.CONFIG_FILE).read_text(encoding="utf-8"))
+        literals = _literals(workspace) if any(not entry["from_host"] for entry in data["settings"]["env"]) else {}
         loaded = Loaded(
             workspace,
-            _settings(data["settings"], literals.get("env", {})),
+            _settings(data["settings"], literals),
             data["origins"],
             tuple(Path(path) for path in data["files"]),
             tuple(Path(path) for path in data["absent"]),
@@ -108,6 +109,15 @@ def _read(kept: Path, workspace: Path) -> Loaded | None:
         return loaded if data["digest"] is not None and data["digest"] == _digest(loaded) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _literals(workspace: Path) -> dict[str, Any]:
+    """`[env]` of config.toml. Raises OSError, ValueError."""
+    import tomllib
+
+    config = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
+    env: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8")).get("env", {})
+    return env
 
 
 def _used(data: dict[str, Any]) -> Used:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nixbox.errors import ConfigError
 
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 
 
 def shown(value: str, most: int = 40) -> str:
@@ -24,7 +24,7 @@ def name_fault(value: str) -> str | None:
         return "is empty"
     if len(value) > 63:
         return f"{shown(value)} has {len(value)} characters; at most 63 fit"
-    if not _NAME.fullmatch(value):
+    if not re.fullmatch(_NAME, value):
         return f"{shown(value)} may hold only letters, digits and hyphens, with no hyphen at either end"
     return None
 

@@ -11,12 +11,12 @@ PREFIX = "github:"
 _FORM = "a plugin on GitHub is named github:OWNER/REPO[/SUBDIR][@REF]"
 # GitHub's rule for new accounts forbids two hyphens in a row and one at the end; older accounts have them, and
 # accounts that a company manages end in an underscore and the company's short code.
-_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}")
-_REPO = re.compile(r"[A-Za-z0-9._-]{1,100}")
-_REV = re.compile(r"[0-9a-f]{40}")
+_OWNER = r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}"
+_REPO = r"[A-Za-z0-9._-]{1,100}"
+_REV = r"[0-9a-f]{40}"
 # git-check-ref-format(1): no control character, space, ~ ^ : ? * [ or backslash; none of `..`, `//` and `@{`; no
 # part that begins with a dot or ends with .lock; no slash or dot at the end. A hyphen in front would be an option.
-_BAD_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|(^|/)\.|\.lock(/|$)|[/.]$|^[-/]|^@$")
+_BAD_REF = r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|(^|/)\.|\.lock(/|$)|[/.]$|^[-/]|^@$"
 _MOST = 200  # characters of a subdirectory or a ref
 
 
@@ -39,7 +39,7 @@ class Github:
     @property
     def rev(self) -> str | None:
         """The commit that the ref itself names; None when it is a branch or a tag, which can move."""
-        return self.ref if self.ref and _REV.fullmatch(self.ref) else None
+        return self.ref if self.ref and re.fullmatch(_REV, self.ref) else None
 
     @property
     def name(self) -> str:
@@ -65,9 +65,9 @@ def parse(text: str) -> Github:
     place, at, ref = text.removeprefix(PREFIX).partition("@")
     owner, _, rest = place.partition("/")
     repo, slash, subdir = rest.partition("/")
-    if not _OWNER.fullmatch(owner):
+    if not re.fullmatch(_OWNER, owner):
         raise ValueError(f"{shown(owner)} is no owner on GitHub (letters, digits and hyphens, at most 39): {_FORM}")
-    if not _REPO.fullmatch(repo) or repo in (".", ".."):
+    if not re.fullmatch(_REPO, repo) or repo in (".", ".."):
         raise ValueError(
             f"{shown(repo)} is no repository on GitHub (letters, digits, `-`, `_` and `.`, at most 100): {_FORM}"
         )
@@ -92,5 +92,5 @@ def _check_subdir(subdir: str) -> None:
 
 
 def _check_ref(ref: str) -> None:
-    if not ref or len(ref) > _MOST or not ref.isprintable() or _BAD_REF.search(ref):
+    if not ref or len(ref) > _MOST or not ref.isprintable() or re.search(_BAD_REF, ref):
         raise ValueError(f"{shown(ref)} is no branch, tag or commit (all 40 digits): {_FORM}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox.errors import ConfigError
 from nixbox.values import dataclass, field
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.config.schema import Accelerator, Backend, Base, NetworkMode
 

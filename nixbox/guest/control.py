@@ -16,11 +16,18 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
 
 from nixbox.errors import NixboxError, TimeoutExpired
 from nixbox.report import harmless
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal, Self
+
+    How = Literal["boot", "hold", "fork", "resume"]
+else:  # without what `typing` costs
+    How = str
 
 PROTOCOL = "2"
 _LINE_LIMIT = 4096
@@ -32,7 +39,6 @@ class GuestError(NixboxError):
 
 # From where a guest takes on an identity: its own boot, the hold of a template, a copy of a running guest, or its own
 # state of before.
-How = Literal["boot", "hold", "fork", "resume"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.errors import HostError, NixboxError
-from nixbox.guest import keys
 from nixbox.values import dataclass
 
 _TIMEOUT_S = 30.0
@@ -48,6 +47,8 @@ def make_keys(directory: Path) -> None:
             continue
         # An old private key without its other half goes first, or it could be taken for the new one's.
         key.unlink(missing_ok=True)
+        from nixbox.guest import keys
+
         keys.make(key)
 
 

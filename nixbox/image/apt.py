@@ -6,7 +6,6 @@ sources.list(5) and apt.conf(5).
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import hashlib
 import re
@@ -14,12 +13,12 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.values import dataclass
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.image.lock import LockedPackage, Repo
 
@@ -247,6 +246,8 @@ class AptRoot:
         known = self._known()
         missing = [name for name in names if name not in known]
         if missing:
+            import difflib
+
             near = {name: difflib.get_close_matches(name, known, 3) for name in missing}
             raise UnknownPackagesError(self.suite, near)
 

@@ -8,13 +8,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nixbox import paths, run
 from nixbox.errors import NixboxError
@@ -23,6 +21,10 @@ from nixbox.plan import nixexpr
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter, harmless
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _LOG_TAIL = 25
 _EVAL_S = 300.0
@@ -112,6 +114,19 @@ def expression(spec: ImageSpec, lock_file: Path, mirrors: Mapping[str, str]) -> 
     return nixexpr.render(nixexpr.Call(image, arguments)) + "\n"
 
 
+def _files(root: str, below: str) -> Iterator[str]:
+    """Every file of ours that an image can depend on: flake/ is how other flakes come in, eval/ how configs in Nix
+    are read, and neither is part of an image.
+    """
+    with os.scandir(f"{root}/{below}") as entries:
+        for entry in entries:
+            name = f"{below}{entry.name}"
+            if entry.is_file():
+                yield name
+            elif entry.is_dir() and name not in ("flake", "eval"):
+                yield from _files(root, f"{name}/")
+
+
 def key(spec: ImageSpec, lock_text: str) -> str:
     """What decides whether Nix must be asked at all: the lock, the build scripts, and every file of ours.
 
@@ -119,11 +134,11 @@ def key(spec: ImageSpec, lock_text: str) -> str:
     and never coarser. Mirrors and pinned plugins are not in it: they do not change the image.
     """
     digest = hashlib.sha256()
-    for file in sorted(paths.nix_dir().rglob("*")):
-        # flake/ is how other flakes come in, eval/ how configs in Nix are read: neither is part of an image.
-        if file.is_file() and file.relative_to(paths.nix_dir()).parts[0] not in ("flake", "eval"):
-            digest.update(f"{file.relative_to(paths.nix_dir())}\0{file.stat().st_mode & 0o111}\0".encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    nix = str(paths.nix_dir())
+    for name in sorted(_files(nix, ""), key=lambda name: name.split("/")):
+        with open(f"{nix}/{name}", "rb") as file:  # noqa: PTH123 (every start reads them all: paths take as long)
+            digest.update(f"{name}\0{os.fstat(file.fileno()).st_mode & 0o111}\0".encode())
+            digest.update(hashlib.sha256(file.read()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
     parts: list[object] = [lockfile.image_part(lock_text), scripts, spec.build_network, *spec.sidecar]
     if spec.base == "nixpkgs":
@@ -203,6 +218,8 @@ def scratch() -> Iterator[str]:
 
     Nix removes them itself, but on Ctrl-C it does so before the builder has ended, which leaves some; here all go.
     """
+    import tempfile
+
     directory = tempfile.mkdtemp(prefix="nixbox-build-")
     Path(directory).chmod(0o711)  # a build user must get through to its own directory
     try:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nixbox import paths, run
 from nixbox.config import refs
@@ -16,7 +15,10 @@ from nixbox.image.build import HERE, Image, Means
 from nixbox.plan.model import ImageSpec
 from nixbox.report import Reporter
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.image.lock import AnyLock
 
 # Of the image's base set (resolve.BASE_REQUEST), what nix/guest cannot do without and older locks may lack.

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 from nixbox import paths
 from nixbox.config import refs
@@ -20,13 +19,17 @@ from nixbox.config.names import shown
 from nixbox.errors import ConfigError
 from nixbox.values import dataclass
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal
+
 FORMAT: Literal[1] = 1
 MEND = "restore the file from version control, or delete it and run `nixbox lock`"
 _PLUGINS = "plugins"
 _SHAPES = {
-    "rev": re.compile(r"[0-9a-f]{40}"),
-    "hash": re.compile(r"sha256-[A-Za-z0-9+/]{43}="),
-    "date": re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}"),
+    "rev": r"[0-9a-f]{40}",
+    "hash": r"sha256-[A-Za-z0-9+/]{43}=",
+    "date": r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
 }
 
 
@@ -69,7 +72,7 @@ def pin(row: object) -> Pin:
             raise ValueError(f"{name}: must be text")
     for name, shape in _SHAPES.items():
         value = row.get(name)
-        if value is not None and not (isinstance(value, str) and shape.fullmatch(value)):
+        if value is not None and not (isinstance(value, str) and re.fullmatch(shape, value)):
             raise ValueError(f"{name}: {shown(str(value))} has another form")
     place = refs.parse(row["ref"])
     if place.rev not in (None, row["rev"]):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
 
 from nixbox import paths
 from nixbox.errors import HostError
 from nixbox.machine.kvm import KvmState, cached_probe
 from nixbox.plan.model import Accelerator, BackendName
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
 
 from nixbox import run
 from nixbox.errors import NixboxError
-from nixbox.jails import Share
 from nixbox.plan.model import Accelerator, Queue
-from nixbox.programs import Programs
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol, Self
+
+    from nixbox.jails import Share
+    from nixbox.programs import Programs
+else:  # without what `typing` costs
+    Protocol = object
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,11 @@ def disks(spec: VmSpec) -> list[tuple[str, Path, bool]]:
     return [("root", spec.root, True), ("overlay", spec.overlay, False), *sidecars]
 
 
+def architecture() -> str:
+    """This host's, as uname(2) has it: to import `platform`, which asks the same, takes longer than all else here."""
+    return os.uname().machine
+
+
 def slot_tag(number: int) -> str:
     """The tag in the guest of a device that is there from the start (VmSpec.slots)."""
     return f"nixbox-{number}"
@@ -131,21 +143,17 @@ class Network(Protocol):
     @property
     def user(self) -> int:
         """The user namespace that the others belong to, an open descriptor."""
-        ...
 
     @property
     def net(self) -> int:
         """The network namespace, an open descriptor."""
-        ...
 
     @property
     def tap(self) -> int:
         """The TAP device, an open descriptor."""
-        ...
 
     def join_for_good(self) -> None:
         """Called in the VM's process before it executes the hypervisor. Raises OSError."""
-        ...
 
 
 class Backend(Protocol):
@@ -158,27 +166,21 @@ class Backend(Protocol):
     @property
     def features(self) -> Features:
         """What it can do on this host."""
-        ...
 
     def check_host(self) -> None:
         """Raise HostError when this host cannot run the backend: asked before anything is built."""
-        ...
 
     def check(self, spec: VmSpec) -> None:
         """Raise ConfigError or NixboxError for what no start of this machine gets over, from a template or not."""
-        ...
 
     def expect(self, programs: Programs) -> None:
         """Tell which process of nixbox's own a machine will be, if it is one: it is made ready. Never raises."""
-        ...
 
     def version(self) -> str:
         """The hypervisor's name and version: a saved VM is only ever restored by the same."""
-        ...
 
     def shape(self, spec: VmSpec) -> list[str]:
         """Everything of a VM that its saved state depends on, without what is a machine's own (names, paths)."""
-        ...
 
     def start(
         self,
@@ -194,50 +196,39 @@ class Backend(Protocol):
         It inherits `pass_fds`: the machine's lock, and whatever else lasts as long as it does. `programs` starts a
         process of nixbox's own, if the machine is one.
         """
-        ...
 
     def pause(self, sockets: Sockets) -> None:
         """Stop the guest's CPUs; what it has written is in its disk's file."""
-        ...
 
     def save(self, sockets: Sockets, memory: MemoryFile) -> bytes:
         """The state of a paused VM's devices; it is to be ended next. Its memory is in the file it was started with.
 
         `memory` is that file, a shared one. Raises NixboxError.
         """
-        ...
 
     def load(self, sockets: Sockets, state: bytes) -> None:
         """Give a VM that was started with `incoming`, on its memory's file, its state; it stays paused."""
-        ...
 
     def move(self, source: Sockets, target: Sockets) -> None:
         """Copy a paused VM's whole state, memory included, into one started with `incoming`, which does not run."""
-        ...
 
     def status(self, sockets: Sockets) -> str:
         """`running`, or why it is not (`io-error`, `paused`, …)."""
-        ...
 
     def resume(self, sockets: Sockets) -> None:
         """Let a paused machine, or one that stopped on a full host disk, go on."""
-        ...
 
     def attach(self, sockets: Sockets, tag: str, connection: int) -> None:
         """Give a VM whose memory is shared a directory of the host; it is found under `tag` in the guest.
 
         `connection` is a descriptor: of a process that speaks vhost-user as a file system. Raises NixboxError.
         """
-        ...
 
     def queues(self, sockets: Sockets, tag: str) -> tuple[Queue, ...]:
         """Where an attached directory's queues are in the guest's memory; none before the guest has set them up."""
-        ...
 
     def detach(self, sockets: Sockets, tag: str) -> bool:
         """Take it away again; whether the guest let go of it, which it should have unmounted."""
-        ...
 
     def quit(self, sockets: Sockets) -> None:
         """End the machine at once, its disks flushed."""
-        ...

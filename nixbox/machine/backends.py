@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from typing import TYPE_CHECKING, Literal
 
 from nixbox.config.cache import krun_library
 from nixbox.errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Literal
 
     from nixbox.machine.backend import Backend
     from nixbox.plan.model import BackendName, ImageSpec

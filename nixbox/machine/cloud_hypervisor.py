@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import shutil
 import socket
 import sys
@@ -24,7 +23,17 @@ from typing import Any
 from nixbox import linux, run
 from nixbox.errors import HostError, NixboxError, TimeoutExpired
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, disks, listening
+from nixbox.machine.backend import (
+    Features,
+    MemoryFile,
+    Network,
+    Sockets,
+    VmSpec,
+    architecture,
+    check_tools,
+    disks,
+    listening,
+)
 from nixbox.machine.cloud_hypervisor_api import Api, ApiClosed
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT
@@ -121,9 +130,9 @@ class CloudHypervisor:
 
     def check_host(self) -> None:
         """cloud-hypervisor and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
-        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        if architecture() not in ("x86_64", "AMD64") or sys.platform != "linux":
             raise HostError(
-                f"cloud-hypervisor runs machines on x86_64 Linux hosts, not on {sys.platform} {platform.machine()}",
+                f"cloud-hypervisor runs machines on x86_64 Linux hosts, not on {sys.platform} {architecture()}",
                 hint="--backend qemu",
             )
         _program()

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import marshal
 import os
-import platform
 import select
 import socket
 import sys
@@ -20,15 +19,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nixbox import run
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import libkrun
-from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools, disks, slot_tag
+from nixbox.machine.backend import (
+    Features,
+    MemoryFile,
+    Network,
+    Sockets,
+    VmSpec,
+    architecture,
+    check_tools,
+    disks,
+    slot_tag,
+)
 from nixbox.plan.model import Queue
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, NETWORK_MTU
 from nixbox.programs import Program, Programs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 KERNEL_ARGS = (
     "console=hvc0",
@@ -89,10 +101,8 @@ class Krun:
         """The library, and what goes with a machine. Raises HostError."""
         if sys.platform == "darwin":  # not run on the machines that this was written on
             _check_entitlement()
-        elif platform.machine() != "x86_64":
-            raise HostError(
-                f"the backend krun runs on x86_64 and on macOS, not on {platform.machine()}", hint=_ELSEWHERE
-            )
+        elif architecture() != "x86_64":
+            raise HostError(f"the backend krun runs on x86_64 and on macOS, not on {architecture()}", hint=_ELSEWHERE)
         libkrun.find(self._configured)
         check_tools()
 

@@ -19,10 +19,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, Never
 
 from nixbox.errors import NixboxError
 from nixbox.values import asdict, dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Never
 
 WARM_UP_ROUNDS = 1_000  # takes the first faults on page tables and code
 ROUNDS = 20_000  # that times are told for

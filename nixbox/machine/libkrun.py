@@ -12,7 +12,6 @@ import importlib.util
 import mmap
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +130,8 @@ def compiled() -> Path:
         builder.set_source(MODULE, None)
         paths.cache_dir().mkdir(parents=True, exist_ok=True)
         paths.private_dir(directory)
+        import tempfile
+
         with tempfile.TemporaryDirectory(dir=directory) as place:  # whoever else makes it now has another
             made = Path(place, module.name)
             recompiler.make_py_source(builder, MODULE, str(made))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from nixbox import linux, paths, run
 from nixbox.errors import HostError, NixboxError
 from nixbox.machine import qemu_args
-from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, check_tools
+from nixbox.machine.backend import Features, MemoryFile, Network, Sockets, VmSpec, architecture, check_tools
 from nixbox.machine.qmp import Qmp, QmpClosed, QmpCommandError, QmpTimeout
 from nixbox.plan.model import Queue
 from nixbox.programs import Programs
@@ -33,9 +32,9 @@ class Qemu:
 
     def check_host(self) -> None:
         """QEMU and what goes with a machine: its disk's and its keys' programs. Raises HostError."""
-        if platform.machine() not in ("x86_64", "AMD64"):
+        if architecture() not in ("x86_64", "AMD64"):
             raise HostError(
-                f"this version runs machines on x86_64 hosts only, not on {platform.machine()}",
+                f"this version runs machines on x86_64 hosts only, not on {architecture()}",
                 hint="images for aarch64 can be locked and built already",
             )
         check_tools(_PROGRAM)

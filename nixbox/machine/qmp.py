@@ -14,10 +14,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
 
 from nixbox.errors import NixboxError, TimeoutExpired
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn, Self
 
 MAX_LINE_BYTES = 16 << 20  # the largest reply, query-qmp-schema, has some 200 kB; beyond this it is not QMP
 MAX_EVENTS = 10_000  # events that nobody takes: a guest can cause some, so they must not grow without end

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nixbox import locks, paths
 from nixbox.errors import NixboxError, NotRunningError
@@ -24,6 +23,10 @@ from nixbox.machine.backend import Sockets
 from nixbox.plan.model import Shared
 from nixbox.plan.network import Policy
 from nixbox.values import asdict, dataclass, field, fields, replace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 FORMAT = 1
 GUARD_LOCK = "guard"  # in the runtime directory

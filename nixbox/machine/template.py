@@ -19,15 +19,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 from nixbox import paths
 from nixbox.errors import NixboxError
 from nixbox.machine import saved
 from nixbox.values import asdict, dataclass
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Stage = Literal["boot", "ready"]
+else:  # without what `typing` costs
+    Stage = str
+
 FORMAT = 1
-Stage = Literal["boot", "ready"]
 MANIFEST = "template.json"
 
 

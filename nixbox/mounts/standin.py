@@ -19,10 +19,13 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nixbox.plan.model import Queue
 from nixbox.values import asdict, dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SYS_PIDFD_GETFD = 438  # on every architecture (Linux 5.6)
 _POLL_S = 0.02

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nixbox import run
 from nixbox.errors import HostError, NixboxError
@@ -21,6 +20,10 @@ from nixbox.network import namespace
 from nixbox.plan.network import Policy
 from nixbox.programs import Program, Programs
 from nixbox.values import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 GUARD = "nixbox.network.guard"
 _READY_TIMEOUT_S = 30.0

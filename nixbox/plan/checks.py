@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nixbox.errors import ConfigError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
     from nixbox.plan.model import BackendName

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 from nixbox.values import dataclass, field
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Literal
+
     from nixbox.config.settings import Mount, Seed
     from nixbox.plan.network import Policy
 
-Accelerator = Literal["kvm", "hvf", "tcg"]
-BackendName = Literal["qemu", "krun", "cloud-hypervisor"]
+    Accelerator = Literal["kvm", "hvf", "tcg"]
+    BackendName = Literal["qemu", "krun", "cloud-hypervisor"]
+else:  # without what `typing` costs
+    Accelerator = BackendName = str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from nixbox.values import dataclass
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
 # Words that the Nix grammar takes for itself; `or` is legal as an attribute, but only just.
 _KEYWORDS = frozenset(("assert", "else", "if", "in", "inherit", "let", "or", "rec", "then", "with"))
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_'-]*")
-_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9._+-]+)+")  # the characters of Nix's own path literals
-_ESCAPE = re.compile(r'\$\{|[\\"\n\r\t]')
+_IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_'-]*"
+_PLAIN_PATH = r"(/[A-Za-z0-9._+-]+)+"  # the characters of Nix's own path literals
+_ESCAPE = r'\$\{|[\\"\n\r\t]'
 _ESCAPED = {"${": r"\${", "\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
 _INT_MAX = 2**63 - 1
 _LINE_WIDTH = 100
@@ -122,14 +125,14 @@ def _quoted(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"not text that UTF-8 can hold: {text!r}") from error
-    return '"' + _ESCAPE.sub(lambda match: _ESCAPED[match[0]], text) + '"'
+    return '"' + re.sub(_ESCAPE, lambda match: _ESCAPED[match[0]], text) + '"'
 
 
 def _path(value: Path) -> str:
     if not value.is_absolute():
         raise ValueError(f"a relative path means another file wherever the text lies: {value}")
     text = str(value)
-    return text if _PLAIN_PATH.fullmatch(text) else f"/. + {_quoted(text)}"
+    return text if re.fullmatch(_PLAIN_PATH, text) else f"/. + {_quoted(text)}"
 
 
 def _list(values: Iterable[Value], indent: str) -> str:
@@ -158,4 +161,4 @@ def _key(key: object) -> str:
 
 
 def _is_identifier(text: str) -> bool:
-    return _IDENTIFIER.fullmatch(text) is not None and text not in _KEYWORDS
+    return re.fullmatch(_IDENTIFIER, text) is not None and text not in _KEYWORDS

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nixbox.plan import checks
 from nixbox.plan.model import BackendName, ImageSpec, MachineSpec, Plan, Script
 from nixbox.plan.network import Policy
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.config.settings import Loaded
 

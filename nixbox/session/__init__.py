@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
 
 from nixbox import paths, run
 from nixbox.config import names
@@ -21,7 +20,10 @@ from nixbox.session.outcome import Up
 from nixbox.session.seeds import Asking
 from nixbox.values import replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Self
+
     from nixbox.config.settings import Loaded, Overrides
     from nixbox.guest.seed import Seeded
     from nixbox.image.build import Image, Means

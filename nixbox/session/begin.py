@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.machine import overlay
 from nixbox.session import stop
 from nixbox.values import dataclass
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Literal
+
     from nixbox.machine.template import Stage
     from nixbox.plan.model import Plan
     from nixbox.session.start import Start
     from nixbox.session.templates import Found
 
-How = Literal["running", "booted", "restored", "resumed", "forked"]
+    How = Literal["running", "booted", "restored", "resumed", "forked"]
+else:  # without what `typing` costs
+    How = str
 
 
 @dataclass(frozen=True, slots=True)

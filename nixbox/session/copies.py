@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox import paths
 from nixbox.errors import ConfigError, HostError
@@ -20,6 +19,7 @@ from nixbox.session import mounts, stop
 from nixbox.session.start import Restored, Start, own_memory
 from nixbox.values import dataclass, replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir, Record
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nixbox import run
 from nixbox.errors import NixboxError
 from nixbox.session import stop
 from nixbox.session.outcome import Seeds
 from nixbox.session.seeds import Asking, on_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.machine.record import MachineDir
     from nixbox.plan.model import Plan

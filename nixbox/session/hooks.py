@@ -8,12 +8,12 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox import paths, run
 from nixbox.config.names import shown
 from nixbox.errors import NixboxError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.config.settings import Hook, Loaded, Used
     from nixbox.machine.record import MachineDir

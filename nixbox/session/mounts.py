@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nixbox import jails, locks, paths
 from nixbox.config.settings import Mount
@@ -24,7 +23,10 @@ from nixbox.plan.model import Shared
 from nixbox.session import net
 from nixbox.values import asdict, replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from nixbox.machine.backend import Backend
     from nixbox.machine.record import MachineDir, Record
     from nixbox.mounts.places import Place

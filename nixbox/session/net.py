@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from nixbox.errors import ConfigError, NixboxError, NotRunningError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+    from typing import Any
 
     from nixbox.machine.record import MachineDir, Record
     from nixbox.network.watch import Files, Watch

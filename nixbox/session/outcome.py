@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox.values import dataclass, field
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.session.begin import How
 

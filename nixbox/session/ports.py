@@ -6,14 +6,15 @@ import json
 import re
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeAlias
 
 from nixbox import paths, run
 from nixbox.errors import ConfigError, NixboxError
 from nixbox.session import stop
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import TypeAlias
 
     from nixbox.machine.record import MachineDir
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from nixbox.guest import ssh
 from nixbox.machine import backends, overlay, record
 from nixbox.session import mounts
 from nixbox.values import replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.image.build import Image
     from nixbox.machine.accelerator import Choice

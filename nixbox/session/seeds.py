@@ -6,12 +6,12 @@ import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nixbox.errors import ConfigError, NixboxError
 from nixbox.session import stop
 from nixbox.session.outcome import Seeds
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.config.settings import Seed
     from nixbox.guest.seed import Seeded, Wanted

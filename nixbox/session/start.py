@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
 
 from nixbox import sparse
 from nixbox.errors import ConfigError, NixboxError
@@ -24,8 +23,10 @@ from nixbox.report import Phases
 from nixbox.session import mounts, net
 from nixbox.values import asdict, dataclass, field
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from typing import Self
 
     from nixbox.config.settings import Settings
     from nixbox.image.build import Image

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
 
 from nixbox import run
 from nixbox.errors import NixboxError
 from nixbox.guest import ssh
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nixbox.machine.backend import Backend
     from nixbox.machine.record import MachineDir

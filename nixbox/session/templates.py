@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from nixbox import run, sparse
 from nixbox.errors import NixboxError
@@ -24,6 +23,7 @@ from nixbox.session import stop
 from nixbox.session.start import Restored, Start
 from nixbox.values import dataclass, replace
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from nixbox import paths
 from nixbox.config import names
+
+
+def _plainly(text: str, default: str) -> str | None:
+    """The name that a config says in a line of its own, or `default` where none does; None where TOML must be read.
+
+    To import the reader of TOML is a tenth of `nixbox run`.
+    """
+    for line in text.split("\n"):
+        line = line.strip()
+        if line.startswith("["):  # what follows is a table's
+            return default
+        found = re.fullmatch(r'name\s*=\s*"([^"\\]*)"\s*(#.*)?', line)
+        if found:
+            return found[1]
+        if (line.startswith(("name", '"', "'")) and "=" in line) or '"""' in line or "'''" in line:
+            return None
+    return default
+
+
+def _read(file: Path, workspace: Path) -> object:
+    """The name that a config says, or what it is without one. Raises OSError, ValueError."""
+    text, default = file.read_text(encoding="utf-8"), names.default_name(workspace)
+    plain = _plainly(text, default)
+    if plain is not None:
+        return plain
+    import tomllib
+
+    return tomllib.loads(text).get("name", default)
 
 
 def default_machine(workspace: Path) -> str:
@@ -13,11 +42,9 @@ def default_machine(workspace: Path) -> str:
 
     A config that cannot be read or names something impossible is loaded in full, which raises ConfigError.
     """
-    import tomllib
-
     file = workspace / paths.CONFIG_DIR / paths.CONFIG_FILE
     try:
-        name = tomllib.loads(file.read_text(encoding="utf-8")).get("name", names.default_name(workspace))
+        name = _read(file, workspace)
     except (OSError, ValueError):
         name = None
     if isinstance(name, str) and names.is_name(name):

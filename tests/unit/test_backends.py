@@ -78,7 +78,7 @@ def test_where_nothing_is_qemu_says_what_to_install(tmp_path: Path, monkeypatch:
     kvm(monkeypatch, works=True)
     monkeypatch.setenv(libkrun.VARIABLE, str(tmp_path / "gone.so"))
     assert backends.choose("auto", "auto") == "qemu"
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("nixbox.machine.qemu.architecture", lambda: "x86_64")
     with pytest.raises(HostError, match="qemu-system-x86_64") as caught:
         Qemu().check_host()
     assert "qemu-system-x86" in str(caught.value.hint)

@@ -403,7 +403,7 @@ def test_a_dry_run_leaves_nothing(call: Call, workspace: Path, args: list[str], 
     else:
         assert "3 vCPUs" in said.out
         assert "would be built" in said.out
-    kept = "XDG_CACHE_HOME/nixbox/config/"  # the checked config, as by any command
+    kept = ("XDG_CACHE_HOME/nixbox/config/", "XDG_CACHE_HOME/nixbox/commands")  # as by any command
     assert {path: text for path, text in files(tmp_path).items() if not path.startswith(kept)} == before
     assert not (workspace / ".nixbox/machines").exists()
 

@@ -19,7 +19,8 @@ import pytest
 import typer
 
 from nixbox import paths
-from nixbox.cli import app, site
+from nixbox.cli import site
+from nixbox.cli.parser import app
 from nixbox.cli.reference import cli_reference
 from nixbox.config import reference, schema, skeleton
 from nixbox.config.load import RESERVED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 from dataclasses import replace
@@ -249,11 +248,11 @@ def library(tmp_path: Path) -> str:
 
 def test_a_host_is_checked_for_its_kind_and_the_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "tool", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("nixbox.machine.krun.architecture", lambda: "x86_64")
     Krun(library).check_host()
     with pytest.raises(HostError, match="no such file"):
         Krun(library + ".gone").check_host()
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr("nixbox.machine.krun.architecture", lambda: "aarch64")
     with pytest.raises(HostError, match="on x86_64 and on macOS, not on aarch64") as caught:
         Krun(library).check_host()
     assert "--backend qemu" in str(caught.value.hint)
@@ -270,7 +269,7 @@ def test_on_macos_this_python_has_to_be_signed_for_the_hypervisor(
         return run.Completed(0 if said else 1, said, "")
 
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr("nixbox.machine.krun.architecture", lambda: "arm64")
     monkeypatch.setattr(run, "run", codesign)
     monkeypatch.setattr(run, "tool", lambda name: f"/usr/bin/{name}")
     with pytest.raises(HostError, match=r"lacks the entitlement com\.apple\.security\.hypervisor") as caught:

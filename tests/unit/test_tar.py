@@ -291,7 +291,9 @@ def test_every_unreadable_path_is_named(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / "s" / f"file{i:02}").touch(mode=0o600)
     code = (
-        "import sys, os\nsys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom nixbox.guest import listing\n"
+        # tempfile: this Python may lie where the other user cannot read.
+        "import sys, os, tempfile\nsys.path[:0] = sys.argv[2:]\n"
+        "from pathlib import Path\nfrom nixbox.guest import listing\n"
         "os.environ['XDG_STATE_HOME'] = os.environ['HOME'] = '/nowhere'\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "else: [p.chmod(0) for p in Path(sys.argv[1]).rglob('*') if p.name != 'open']\n"
