@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
-import importlib
 import marshal
 import os
 import socket
@@ -21,7 +20,7 @@ from nixbox import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 MOST_FDS = 250  # in one message (SCM_MAX_FD in Linux's net/scm.h is 253)
 _ORDER_BYTES = 1 << 16
@@ -46,7 +45,7 @@ def main() -> None:
         order = marshal.loads(data)  # noqa: S302 (of programs.Programs, which started it)
         if not fds:
             module, *arguments = order
-            importlib.import_module(module).prepare(*arguments)
+            _imported(module).prepare(*arguments)
             continue
         gc.freeze()  # what the children share with us is nothing for them to look through
         pid = os.fork()
@@ -58,6 +57,12 @@ def main() -> None:
         for fd in (pidfd, *fds):
             os.close(fd)
         _reap()
+
+
+def _imported(name: str) -> Any:
+    """A module. (`importlib` would have to be imported itself.)"""
+    __import__(name)
+    return sys.modules[name]
 
 
 def _reap() -> None:
@@ -77,7 +82,7 @@ def _become(module: str, label: str, arguments: list[str], wanted: dict[int, int
         _take(wanted)
         rename(label)
         sys.argv[1:] = [label, *arguments]
-        importlib.import_module(module).main()  # it is there, if it was expected
+        _imported(module).main()  # it is there, if it was expected
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1

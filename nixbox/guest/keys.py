@@ -6,15 +6,15 @@ OpenSSH themselves use. Where that is not found, ssh-keygen makes the pair.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import os
-import textwrap
 from pathlib import Path
 
 from nixbox import ed25519, run
 
 _TIMEOUT_S = 30.0
 COMMENT = b"nixbox"
+_LINE = 70  # characters, as ssh-keygen writes them
 
 
 def make(private: Path) -> None:
@@ -29,7 +29,7 @@ def make(private: Path) -> None:
         _by_ssh_keygen(private)
         return
     blob = _string(b"ssh-ed25519") + _string(public)
-    line = b" ".join((b"ssh-ed25519", base64.b64encode(blob), COMMENT))
+    line = b" ".join((b"ssh-ed25519", binascii.b2a_base64(blob, newline=False), COMMENT))
     _write(private.with_suffix(".pub"), line + b"\n", 0o644)
     _write(private, _openssh(seed, public).encode(), 0o600)
 
@@ -56,7 +56,8 @@ def _openssh(seed: bytes, public: bytes) -> str:
     none = _string(b"none")
     data = b"openssh-key-v1\0" + none + none + _string(b"") + (1).to_bytes(4, "big")
     data += _string(kind + _string(public)) + _string(secret)
-    lines = textwrap.wrap(base64.b64encode(data).decode(), 70)
+    text = binascii.b2a_base64(data, newline=False).decode()
+    lines = [text[at : at + _LINE] for at in range(0, len(text), _LINE)]
     return "\n".join(("-----BEGIN OPENSSH PRIVATE KEY-----", *lines, "-----END OPENSSH PRIVATE KEY-----", ""))
 
 

@@ -6,7 +6,7 @@ editors), and dropbear for nixbox's own commands, which share one connection (do
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import os
 import shlex
@@ -74,7 +74,7 @@ def dropbear_key(host_key: str) -> bytes:
         "the machine's host key is damaged", hint="remove its ssh/host_key; `nixbox up` makes a new one"
     )
     try:
-        data = base64.b64decode("".join(host_key.strip().splitlines()[1:-1]))
+        data = binascii.a2b_base64("".join(host_key.strip().splitlines()[1:-1]))
     except ValueError:
         raise damaged from None
     at = len(b"openssh-key-v1\0")

@@ -8,7 +8,6 @@ error, the machine's vm.log. From the jail on it sees the machine's own files, t
 from __future__ import annotations
 
 import contextlib
-import importlib
 import marshal
 import os
 import signal
@@ -316,7 +315,7 @@ def _give_up(refused: Refused) -> NoReturn:
 def prepare(modules: list[str]) -> None:
     """Have cffi and the library's declarations in memory, before a machine is known to need them."""
     sys.path[:0] = modules
-    importlib.import_module("nixbox_krun")  # made by libkrun.compiled
+    __import__("nixbox_krun")  # made by libkrun.compiled
 
 
 def main() -> None:
@@ -328,7 +327,7 @@ def main() -> None:
     sys.path[:0] = settings["modules"]
     try:
         _join(*settings["namespaces"])
-        declared = importlib.import_module("nixbox_krun")  # made by libkrun.compiled
+        declared = __import__("nixbox_krun")  # made by libkrun.compiled
         library = Library(settings["library"], declared.ffi, settings["needed"])
         terminal, console = os.openpty()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
+import functools
 from collections.abc import Iterable
 
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, Policy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ipaddress
 
 # The same in every machine: each has a network namespace of its own.
 DEVICE = "tap0"
@@ -24,7 +28,14 @@ PRIVATE = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
     *("192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
 )
-_PRIVATE = tuple(ipaddress.IPv4Network(block) for block in PRIVATE)
+
+
+@functools.cache
+def _private() -> tuple[ipaddress.IPv4Network, ...]:
+    """PRIVATE's blocks, when an address is looked at: a start waits for who imports this, and looks at none."""
+    import ipaddress
+
+    return tuple(ipaddress.IPv4Network(block) for block in PRIVATE)
 
 
 def resolves(policy: Policy, name: str) -> bool:
@@ -52,8 +63,10 @@ def covers(domain: str, name: str) -> bool:
 
 def is_private(address: str) -> bool:
     """Whether an IPv4 address is in somebody's own network and not in the Internet."""
+    import ipaddress
+
     value = ipaddress.IPv4Address(address)
-    return any(value in block for block in _PRIVATE)
+    return any(value in block for block in _private())
 
 
 def ruleset(policy: Policy) -> str:
@@ -134,6 +147,8 @@ def admission(addresses: Iterable[tuple[str, int]]) -> str:
     """
     text = []
     for address, seconds in addresses:
+        import ipaddress
+
         element = f"element inet nixbox admitted {{ {ipaddress.IPv4Address(address)}"
         text += [
             f"add {element} timeout {seconds}s }}",

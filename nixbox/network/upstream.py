@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import socket
 import struct
@@ -46,6 +45,8 @@ class Servers:
 
 def parse_resolv_conf(text: str) -> tuple[str, ...]:
     """The `nameserver` addresses of resolv.conf(5), without what is no address."""
+    import ipaddress
+
     found = []
     for line in text.splitlines():
         words = line.split()

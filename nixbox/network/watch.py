@@ -10,8 +10,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from nixbox import run
@@ -102,14 +101,6 @@ class Watch:
                 hint="`nixbox doctor` says what is missing; no machine gets a wider network than its config says",
             )
         return why or None
-
-
-@contextmanager
-def made_ready(programs: Programs, name: str) -> Iterator[None]:
-    """Have a process ready that a machine's guard is forked from: it imports while others read the config, say."""
-    with programs.waiting(f"nixbox-start-{name}"):
-        programs.expect(GUARD, library())
-        yield
 
 
 def library() -> str:

@@ -118,10 +118,17 @@ class Sandbox:
         A start that fails or is interrupted before the guest is ready leaves it down; its disk is whole either
         way. Raises HostError, ConfigError, BuildError, GuestError, and NixboxError for a setup that failed.
         """
-        from nixbox.network import watch
-
-        with nullcontext() if self.machine.alive() else watch.made_ready(self.programs, self.machine.name):
+        with nullcontext() if self.machine.alive() else self._programs_ahead():
             return self._whole_up(locked=locked, cold=cold)
+
+    @contextmanager
+    def _programs_ahead(self) -> Iterator[None]:
+        """Have a process ready that a machine's guard is forked from: it imports while we do, and read the config."""
+        with self.programs.waiting(f"nixbox-start-{self.machine.name}"):
+            from nixbox.network import watch  # not before that process was begun
+
+            self.programs.expect(watch.GUARD, watch.library())
+            yield
 
     def _whole_up(self, *, locked: bool, cold: bool) -> Up:
         from nixbox.config.settings import resolve_env
@@ -477,7 +484,6 @@ class Sandbox:
 
     def _fork_running(self, boxes: Sequence[Sandbox]) -> list[Up]:
         from nixbox.config.settings import resolve_env
-        from nixbox.network import watch
         from nixbox.session import forks
 
         if not self.machine.load().ready:
@@ -486,7 +492,7 @@ class Sandbox:
         parent = self._of_running(loaded, resolve_env(loaded.settings, self.environ))
         stop.reached(self.machine)
         self.report.phase(f"copying `{self.machine.name}`")
-        with watch.made_ready(self.programs, self.machine.name):
+        with self._programs_ahead():
             forks.fork_running(parent, boxes)
         path, accelerator = parent.image.path, parent.record.accelerator
         return [
