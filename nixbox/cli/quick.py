@@ -7,6 +7,7 @@ parser's: help, an error, an option in another spelling. See docs/decisions/037-
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ _TYPES = {"str": "text", "text": "text", "int": "integer", "integer": "integer",
 
 def _ident() -> str:
     """Of the program that a table is made by and for. Raises OSError."""
-    here = Path(__file__).parent
-    infos = [(here / name).stat() for name in _SOURCES]
-    return f"{here} {__version__} {sys.hexversion} {[(info.st_size, info.st_mtime_ns) for info in infos]}"
+    digest = hashlib.sha256(f"{__version__} {sys.hexversion}\n".encode())
+    for name in _SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _file() -> Path:
