@@ -23,6 +23,13 @@ def test_commands_and_files_go_both_ways(box: Box) -> None:
     assert box.run(["sleep", "0.3"]).seconds >= 0.29
 
 
+def test_who_is_waited_for_is_interrupted(box: Box) -> None:
+    """So that it gets over a timer's interrupt that it has missed."""
+    script = "keys() { grep 'i8042$' /proc/interrupts | head -n 1; }; keys; sleep 5; keys"
+    before, after = (int(line.split()[1]) for line in box.run(["sh", "-c", script]).stdout.splitlines())
+    assert after >= before + 2
+
+
 def test_it_is_a_kvm_host_with_this_hosts_files(box: Box) -> None:
     assert (
         box.run(["sh", "-c", "test -c /dev/kvm && unshare -Urn true && cat /proc/cpuinfo"]).stdout.count("svm") >= 1
