@@ -65,6 +65,12 @@ class Forked:
         select.select([self._pidfd], [], [])
 
 
+def _most_fds() -> int:
+    from nixbox.forkserver import MOST_FDS  # not for commands that start nothing: it brings ctypes
+
+    return MOST_FDS
+
+
 class Programs:
     """Starts them; with nobody waiting, as programs of their own."""
 
@@ -113,9 +119,7 @@ class Programs:
 
         `label` is what a list of processes shows; it inherits `pass_fds` at their numbers. Raises HostError.
         """
-        from nixbox.forkserver import MOST_FDS
-
-        if self._orders is not None and len(pass_fds) <= MOST_FDS - 3:
+        if self._orders is not None and len(pass_fds) <= _most_fds() - 3:
             forked = self._fork(self._orders, module, label, arguments, log, pass_fds)
             if forked is not None:
                 return forked

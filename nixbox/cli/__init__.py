@@ -78,11 +78,12 @@ def _run(words: list[str]) -> int:
         if plain is None:
             from nixbox.cli import parser
 
-            return parser.run(words, keeps=commands is None)
-        from nixbox.cli import machines
+            code = parser.run(words, keeps=commands is None)
+        else:
+            from nixbox.cli import machines
 
-        function, given = plain
-        code = getattr(machines, function)(**given)
+            function, given = plain
+            code = getattr(machines, function)(**given)
         return code if isinstance(code, int) else 0
     finally:
         drop_displays()

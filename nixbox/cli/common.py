@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nixbox.errors import NixboxError
@@ -78,6 +79,4 @@ def complete_machine(incomplete: str) -> list[str]:
 
 def print_json(data: object) -> None:
     """Data on stdout, for machines."""
-    import json
-
     print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from nixbox.cli.common import complete_machine
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 Name = Annotated[
     str | None,
@@ -25,7 +23,6 @@ Profile = Annotated[str | None, typer.Option("--profile", "-p", help="Use this p
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
-def typed(function: Function) -> Function:
+def typed(function: Callable[..., Any]) -> None:
     """Give a function the types that its annotations name, where its own module imports them for checks alone."""
     function.__annotations__ = get_type_hints(function, localns=globals(), include_extras=True)
-    return function

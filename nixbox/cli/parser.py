@@ -81,8 +81,12 @@ app.add_typer(net.port_app, name="port")
 app.add_typer(plugins.plugin_app, name="plugin")
 
 
+def _is_of_machines(function: object) -> bool:
+    return getattr(function, "__module__", "") == machines.__name__
+
+
 def _add(command: Callable[..., Any], name: str | None = None, **settings: Any) -> None:
-    if command.__module__ == machines.__name__:
+    if _is_of_machines(command):
         options.typed(command)
     app.command(name, context_settings=settings or None)(command)
 
@@ -136,15 +140,14 @@ def _only(commands: list[Any]) -> typer.Typer:
     return only
 
 
-def run(words: Sequence[str], *, keeps: bool = False) -> int:
-    """Run a command line (without the program's name); returns its exit code. `keeps`: for `quick` as well.
+def run(words: Sequence[str], *, keeps: bool = False) -> object:
+    """Run a command line (without the program's name); returns what the command does. `keeps`: for `quick` as well.
 
     Raises what the command raises, and the parser's own exceptions.
     """
     if keeps:
-        ours = [c for c in app.registered_commands if getattr(c.callback, "__module__", "") == machines.__name__]
+        ours = [c for c in app.registered_commands if _is_of_machines(c.callback)]
         if any(_name(c) in words[:1] for c in ours):
             group: Any = typer.main.get_command(_only(ours))
             quick.keep(group.commands)
-    code = _asked_for(words)(list(words), standalone_mode=False, prog_name="nixbox")
-    return code if isinstance(code, int) else 0
+    return _asked_for(words)(list(words), standalone_mode=False, prog_name="nixbox")

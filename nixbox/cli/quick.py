@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from nixbox import __version__, paths
+from nixbox.errors import NixboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,10 +77,6 @@ def table() -> Mapping[str, Command] | None:
 
 def keep(commands: Mapping[str, Any]) -> None:
     """Write down what the parser (its commands, by name) takes for functions of `machines`."""
-    from contextlib import suppress
-
-    from nixbox.errors import NixboxError
-
     found = described(commands)
     with suppress(OSError, NixboxError):  # a cache that cannot be written is none
         _file().parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal, Self
 
+    # From where a guest takes on an identity: its own boot, the hold of a template, a copy of a running guest, or its
+    # own state of before.
     How = Literal["boot", "hold", "fork", "resume"]
 else:  # without what `typing` costs
     How = str
@@ -35,10 +37,6 @@ _LINE_LIMIT = 4096
 
 class GuestError(NixboxError):
     """The guest said that it cannot go on, or ended before it did what was waited for."""
-
-
-# From where a guest takes on an identity: its own boot, the hold of a template, a copy of a running guest, or its own
-# state of before.
 
 
 @dataclass(frozen=True, slots=True)
