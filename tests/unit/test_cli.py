@@ -46,7 +46,7 @@ Call = Callable[..., Said]
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory with nothing of this host's user around it."""
-    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
         (tmp_path / variable).mkdir(mode=0o700)
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("COLUMNS", "120")
