@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from nixbox import locks
+from nixbox.digests import sha256
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.values import dataclass, field
 
@@ -207,7 +206,7 @@ def runtime_dir(workspace: Path, name: str) -> Path:
     Without $XDG_RUNTIME_DIR a per-user directory under the temporary directory serves; it is created 0700 and
     refused when somebody else owns it. Raises HostError in that case.
     """
-    ident = hashlib.sha256(f"{workspace}\0{name}".encode()).hexdigest()[:12]
+    ident = sha256(f"{workspace}\0{name}".encode()).hexdigest()[:12]
     base, ours = _runtime_base()
     if ours:
         private_dir(base)
@@ -250,6 +249,14 @@ def private_dir(path: Path) -> Path:
     return path
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that is in it, as far as that goes; one that is not there needs no `shutil`."""
+    if os.path.lexists(path):
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _data_dir(packaged: str, checkout: str) -> Path:
     here = Path(__file__).resolve().parent
     inside = here / packaged
@@ -276,7 +283,8 @@ def require_space(directory: Path, needed_bytes: int, what: str) -> None:
 
     Asked beforehand where a program that fills the disk would hang or leave a mess.
     """
-    free = shutil.disk_usage(directory).free
+    disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
     if free < needed_bytes:
         raise NixboxError(
             f"no space left for {what}: {directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed",

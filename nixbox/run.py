@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +100,12 @@ def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def find_tool(name: str) -> str | None:
     """The path of a program, also from the sbin directories that an ordinary user's PATH may lack."""
-    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/lib/apt")
+    # By ourselves: what `shutil` imports for archives takes longer than all of this.
+    for directory in (*os.get_exec_path(), "/usr/sbin", "/sbin", "/usr/lib/apt"):
+        path = Path(directory, name)
+        if os.access(path, os.X_OK) and path.is_file():
+            return str(path)
+    return None
 
 
 def tool(name: str) -> str:

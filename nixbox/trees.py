@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import stat
 from pathlib import Path
 
+from nixbox.digests import sha256
 from nixbox.values import dataclass
 
 MOST_FILES = 2000
@@ -48,7 +47,7 @@ class Tree:
     @property
     def digest(self) -> str:
         """SHA-256 of all of it, in hex."""
-        whole = hashlib.sha256()
+        whole = sha256()
         for path, executable, content in self.entries:
             kind = "link" if isinstance(content, str) else "program" if executable else "file"
             data = os.fsencode(content)
@@ -57,6 +56,7 @@ class Tree:
 
     def write(self, directory: Path) -> None:
         """Make `directory` with just this in it, whole or not at all; one that is there is taken for it."""
+        import shutil
         import tempfile
 
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

@@ -7,13 +7,13 @@ parser's: help, an error, an option in another spelling. See docs/decisions/037-
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from nixbox import __version__, paths
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ _TYPES = {"str": "text", "text": "text", "int": "integer", "integer": "integer",
 
 def _ident() -> str:
     """Of the program that a table is made by and for. Raises OSError."""
-    digest = hashlib.sha256(f"{__version__} {sys.hexversion}\n".encode())
+    digest = sha256(f"{__version__} {sys.hexversion}\n".encode())
     for name in _SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()

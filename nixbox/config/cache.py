@@ -7,7 +7,6 @@ instead, and nixbox is the same. It holds no literal value of `env`; those are r
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from nixbox.config.settings import (
     Settings,
     Used,
 )
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 from nixbox.values import asdict
 
@@ -45,7 +45,7 @@ def load(workspace: Path, overrides: Overrides | None = None, sources: Sources |
         return loading.load(workspace, overrides, sources)
     workspace = workspace.resolve()
     place = f"{workspace}\0{overrides!r}"  # without an environment, that is all that the command line says
-    kept = paths.cache_dir() / "config" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.json"
+    kept = paths.cache_dir() / "config" / f"{sha256(place.encode()).hexdigest()[:24]}.json"
     return _read(kept, workspace) or _fresh(kept, workspace, overrides, sources)
 
 
@@ -75,7 +75,7 @@ def _fresh(kept: Path, workspace: Path, overrides: Overrides, sources: Sources |
 
 def _digest(loaded: Loaded) -> str | None:
     """Of all that the checked configuration depends on; None when it must be read anew."""
-    digest = hashlib.sha256()
+    digest = sha256()
     try:
         for module in sorted(Path(__file__).parent.glob("*.py")):
             info = module.stat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import time
@@ -10,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nixbox import run
+from nixbox.digests import sha256
 from nixbox.guest.control import printable
 from nixbox.guest.ssh import Endpoint, send_signal
 
 
 def setup_hash(text: str) -> str:
     """What the guest's marker holds after this setup ran."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256(text.encode()).hexdigest()
 
 
 def with_shebang(text: str) -> str:
@@ -30,7 +30,7 @@ def run_script(endpoint: Endpoint, title: str, text: str, log: Path | None, outp
     The script travels over standard input and runs from the guest's memory; its own standard input is empty. One
     of a title runs at a time (nix/guest/script), and Ctrl-C here ends it there.
     """
-    name = hashlib.sha256(title.encode()).hexdigest()[:12]
+    name = sha256(title.encode()).hexdigest()[:12]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(log or os.devnull, flags if log else os.O_WRONLY, 0o600)
     with os.fdopen(fd, "w") as kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nixbox import paths, run
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 from nixbox.image import lockfile, store
 from nixbox.plan import nixexpr
@@ -133,12 +133,12 @@ def key(spec: ImageSpec, lock_text: str) -> str:
     It is finer than the derivation's own hash (any change here asks Nix, which then may find nothing to do),
     and never coarser. Mirrors and pinned plugins are not in it: they do not change the image.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     nix = str(paths.nix_dir())
     for name in sorted(_files(nix, ""), key=lambda name: name.split("/")):
         with open(f"{nix}/{name}", "rb") as file:  # noqa: PTH123 (every start reads them all: paths take as long)
             digest.update(f"{name}\0{os.fstat(file.fileno()).st_mode & 0o111}\0".encode())
-            digest.update(hashlib.sha256(file.read()).digest())
+            digest.update(sha256(file.read()).digest())
     scripts = [[s.origin, s.text] for s in spec.build]
     parts: list[object] = [lockfile.image_part(lock_text), scripts, spec.build_network, *spec.sidecar]
     if spec.base == "nixpkgs":

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import functools
 import grp
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from nixbox import run
+from nixbox.digests import sha256
 from nixbox.errors import HostError
 from nixbox.values import dataclass
 
 STORE = Path("/nix/store")
+_STATE = Path("/nix/var/nix")
 _TIMEOUT_S = 120.0
 # Nix's own base-32 alphabet: no e, o, u, t (libutil/hash.cc).
 _BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"
@@ -72,7 +74,7 @@ def through_daemon() -> bool:
     remote = os.environ.get("NIX_REMOTE", "")
     if remote:
         return remote == "daemon" or remote.startswith("unix:")
-    return not os.access(STORE.parent / "var/nix/db", os.W_OK)
+    return not os.access(_STATE / "db", os.W_OK)
 
 
 def is_there(path: Path) -> bool:
@@ -165,7 +167,7 @@ def _base32(data: bytes) -> str:
 
 def _store_path(kind: str, digest_hex: str, name: str) -> Path:
     """Nix manual, "Store path specification": a SHA-256 of the description, folded to 20 bytes."""
-    whole = hashlib.sha256(f"{kind}:sha256:{digest_hex}:{STORE}:{name}".encode()).digest()
+    whole = sha256(f"{kind}:sha256:{digest_hex}:{STORE}:{name}".encode()).digest()
     folded = bytearray(20)
     for i, byte in enumerate(whole):
         folded[i % 20] ^= byte
@@ -174,7 +176,7 @@ def _store_path(kind: str, digest_hex: str, name: str) -> Path:
 
 def flat_path(name: str, sha256_hex: str) -> Path:
     """The store path of a fixed-output file with this SHA-256 (what `nix-store --add-fixed sha256` gives)."""
-    inner = hashlib.sha256(f"fixed:out:sha256:{sha256_hex}:".encode()).hexdigest()
+    inner = sha256(f"fixed:out:sha256:{sha256_hex}:".encode()).hexdigest()
     return _store_path("output:out", inner, name)
 
 
@@ -298,10 +300,55 @@ def add_root(link: Path, path: Path) -> None:
 
 
 def adding_root(link: Path, path: Path) -> AbstractContextManager[None]:
-    """`add_root`, done when the body is: Nix takes some 20 ms, in which a machine is half way up."""
+    """`add_root`, done when the body is: where Nix has to be asked, that takes some 20 ms."""
+    if _rooted_at_once(link, path):
+        return nullcontext()
     link.unlink(missing_ok=True)
     argv = ["nix-store", "--realise", str(path), "--add-root", str(link), "--indirect"]
     return run.beside(argv, timeout_s=_TIMEOUT_S, env=env())
+
+
+def _rooted_at_once(link: Path, path: Path) -> bool:
+    """Register a root without starting Nix; False where that is not ours to do, or a garbage collector is at work.
+
+    What `nix-store --add-root` does: an indirect root is a link in `gcroots/auto`, named by the SHA-1 of the path of
+    `link`, which it leads to (Nix manual, "Garbage Collector Roots"; libstore/gc.cc). The collector has `gc.lock` for
+    itself (flock(2)) from before it looks for roots to its end: one that begins while it is shared finds this one.
+    """
+    elsewhere = not os.environ.get("NIX_REMOTE", "/").startswith("/") or "NIX_STATE_DIR" in os.environ
+    if elsewhere or through_daemon():
+        return False
+    import hashlib
+
+    state = place(_STATE)
+    name = _base32(hashlib.sha1(os.fsencode(link), usedforsecurity=False).digest())
+    try:
+        lock = os.open(state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # Nix's own to make
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not os.path.lexists(place(path)):
+            return False
+        for at, to in ((link, path), (state / "gcroots/auto" / name, link)):
+            if not (at.is_symlink() and at.readlink() == to):
+                _replace_link(at, to)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _replace_link(link: Path, to: Path) -> None:
+    """A symlink, in the place of the one that is there."""
+    temporary = link.with_name(f"{link.name}.tmp-{os.getpid()}")
+    temporary.symlink_to(to)
+    try:
+        temporary.replace(link)
+    except OSError:
+        temporary.unlink()
+        raise
 
 
 def dead(paths: Iterable[Path]) -> list[Path]:

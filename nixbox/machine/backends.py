@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 
+from nixbox import run
 from nixbox.config.cache import krun_library
 from nixbox.errors import HostError
 
@@ -26,7 +26,7 @@ def choose(
     """
     if wanted != "auto":
         return wanted
-    if accelerator != "tcg" and shutil.which("qemu-system-x86_64") is None and _krun_works():
+    if accelerator != "tcg" and run.find_tool("qemu-system-x86_64") is None and _krun_works():
         return "krun"
     return "qemu"
 

@@ -7,7 +7,6 @@ function is looked up when it is needed, and one that is missing is named.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import mmap
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nixbox import paths
+from nixbox.digests import sha256
 from nixbox.errors import HostError
 
 VARIABLE = "NIXBOX_LIBKRUN"
@@ -118,7 +118,7 @@ def compiled() -> Path:
     when the cache cannot be written.
     """
     info = _cffi().stat()
-    ident = hashlib.sha256(f"{info.st_size} {info.st_mtime_ns}\n{DECLARATIONS}".encode()).hexdigest()[:16]
+    ident = sha256(f"{info.st_size} {info.st_mtime_ns}\n{DECLARATIONS}".encode()).hexdigest()[:16]
     directory = paths.cache_dir() / f"krun-{ident}"
     module = directory / f"{MODULE}.py"
     if not module.is_file():

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -126,7 +125,7 @@ class MachineDir:
         """Make the directories: keys and logs are for this user's eyes only. Not while a VM lives."""
         for directory in (self.path, self.ssh, self.logs):
             paths.private_dir(directory)
-        shutil.rmtree(self.runtime, ignore_errors=True)  # sockets of a start that was killed
+        paths.remove_tree(self.runtime)  # sockets of a start that was killed
         self.run_link.unlink(missing_ok=True)
         self.run_link.symlink_to(paths.private_dir(self.runtime))
 
@@ -242,8 +241,10 @@ class MachineDir:
 
     def remove(self) -> None:
         """Remove every file of the machine."""
-        shutil.rmtree(self.runtime, ignore_errors=True)
-        shutil.rmtree(paths.runtime_dir(self.path, self.name), ignore_errors=True)  # of a copy that was cut off
+        import shutil
+
+        paths.remove_tree(self.runtime)
+        paths.remove_tree(paths.runtime_dir(self.path, self.name))  # of a copy that was cut off
         # The record goes first: what is left of an interrupted removal is no machine any more.
         self.record_file.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):  # somebody else is at it
@@ -252,7 +253,7 @@ class MachineDir:
     def clean_runtime(self) -> None:
         """Remove the sockets of a VM that is gone, once the process that watched over its network has followed it."""
         self._await_guard()
-        shutil.rmtree(self.runtime, ignore_errors=True)
+        paths.remove_tree(self.runtime)
         self.paused.unlink(missing_ok=True)
 
     def _await_guard(self) -> None:

@@ -9,7 +9,6 @@ the same: what is saved here can be made again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from nixbox import paths
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 from nixbox.sparse import copy_data, extents
 
@@ -29,9 +29,14 @@ _SMALL_BYTES = 64 << 10
 
 def _digest(path: Path) -> str:
     """SHA-256 over the offset, the length and the bytes of every extent: what was written, where it was written."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()
+        if os.fstat(fd).st_size > _SMALL_BYTES:
+            import hashlib
+
+            digest = hashlib.sha256()
+        else:
+            digest = sha256()
         for start, end in extents(fd):
             digest.update(f"{start} {end}\n".encode())
             for at in range(start, end, _CHUNK_BYTES):

@@ -15,14 +15,13 @@ docs/decisions/013-what-a-snapshot-contains.md.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from nixbox import paths
+from nixbox.digests import sha256
 from nixbox.machine import saved
 from nixbox.values import asdict, dataclass
 
@@ -61,20 +60,20 @@ def overlay_fingerprint(overlay: Path) -> str:
     info = overlay.stat()
     with overlay.open("rb") as file:
         first = file.read(_FIRST_BYTES)
-    return "sha256:" + hashlib.sha256(f"{info.st_size} {info.st_mtime_ns} ".encode() + first).hexdigest()
+    return "sha256:" + sha256(f"{info.st_size} {info.st_mtime_ns} ".encode() + first).hexdigest()
 
 
 def env_hash(machine_id: str, env: Mapping[str, str]) -> str:
     """Names and values; the machine's id keeps equal ones of two machines apart."""
     text = json.dumps([machine_id, sorted(env.items())])
-    return "sha256:" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return "sha256:" + sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def hypervisor_version(hypervisor: str, cpu: str, shape: list[str]) -> str:
     """All that the saved state of devices depends on, readable but for the command line, which is hashed."""
     import platform
 
-    digest = hashlib.sha256("\0".join(shape).encode()).hexdigest()[:16]
+    digest = sha256("\0".join(shape).encode()).hexdigest()[:16]
     return f"{hypervisor}; {cpu}; {platform.system()} {platform.machine()}; shape {digest}"
 
 
@@ -147,4 +146,4 @@ def _lost_track(directory: Path) -> bool:
 
 def remove(directory: Path) -> None:
     """Remove a snapshot, used or not."""
-    shutil.rmtree(directory, ignore_errors=True)
+    paths.remove_tree(directory)

@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nixbox import paths
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 from nixbox.machine import saved
 from nixbox.values import asdict, dataclass
@@ -72,7 +71,7 @@ class Key:
     @property
     def ident(self) -> str:
         """The name of the template's directory: 32 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:32]
+        return sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def host_cpu(accelerator: str) -> str:
         part.split(":", 1) for line in block.splitlines() if (part := line.replace("\t", "")) and ":" in part
     )
     text = "|".join(found.get(name, "").strip() for name in wanted)
-    return f"{found.get('model name', '').strip()} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{found.get('model name', '').strip()} {sha256(text.encode()).hexdigest()[:16]}"
 
 
 @contextmanager
@@ -151,12 +150,12 @@ def making(key: Key, on_wait: Callable[[], None]) -> Iterator[Path]:
             fcntl.flock(fd, fcntl.LOCK_EX)  # ends with the other process, however that ends
         sweep()
         work = directory() / f".new-{key.ident}"
-        shutil.rmtree(work, ignore_errors=True)
+        paths.remove_tree(work)
         work.mkdir(mode=0o700)
         try:
             yield work
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            paths.remove_tree(work)
     finally:
         os.close(fd)
 
@@ -171,13 +170,13 @@ def sweep() -> None:
         fd = _lock_file(left.name.removeprefix(".new-"))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            paths.remove_tree(left)
         except BlockingIOError:  # it is being made
             continue
         finally:
             os.close(fd)
     for left in directory().glob(".gone-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        paths.remove_tree(left)
 
 
 def publish(work: Path, key: Key) -> None:
@@ -264,7 +263,7 @@ def remove(path: Path) -> None:
             raise
         gone = path  # a container's image has it: its file system (overlayfs) renames no directory of a lower layer
     if gone.is_dir() and not gone.is_symlink():
-        shutil.rmtree(gone, ignore_errors=True)
+        paths.remove_tree(gone)
     else:
         gone.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from nixbox import paths, run
 from nixbox.config.names import shown
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 
 TYPE_CHECKING = False
@@ -92,7 +92,7 @@ def _programs() -> Path:
         "nixbox": _script([str(own)] if is_program else [*python, "-m", "nixbox"]),
         "nixbox-python": _script(python),
     }
-    ident = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
+    ident = sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
     place = paths.private_dir(paths.private_dir(paths.state_dir()) / "programs") / ident
     for name, text in texts.items():
         if not (place / name).exists():

@@ -6,10 +6,10 @@ made from `boot` with a pristine disk, the profile's setup done, the SSH server 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 from nixbox import run, sparse
+from nixbox.digests import sha256
 from nixbox.errors import NixboxError
 from nixbox.guest import ssh
 from nixbox.machine import overlay, saved, template
@@ -75,7 +75,7 @@ class Templates:
             user=record.user if ready else None,
             setup=setup_hash(spec.setup) if ready and shared and spec.setup is not None else None,
             disk_mib=spec.disk_mib if ready else None,
-            files=hashlib.sha256(repr(sorted(start.files().items())).encode()).hexdigest() if ready else None,
+            files=sha256(repr(sorted(start.files().items())).encode()).hexdigest() if ready else None,
         )
 
     def get(self, stage: Stage) -> Found:

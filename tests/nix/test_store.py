@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from nixbox import paths
 from nixbox.errors import HostError
 from nixbox.image import fetch, store
 from nixbox.image.lock import LockedPackage
-from nixbox.run import run
+from nixbox.run import CommandError, beside, run
 
 pytestmark = pytest.mark.skipif(shutil.which("nix-store") is None, reason="no nix-store on this host")
 
@@ -182,6 +184,83 @@ def test_a_root_keeps_a_path_and_its_absence_does_not(tmp_path: Path, added: lis
     assert store.dead([path]) == [path]
     assert store.roots_of(path) == []
     assert store.delete([path]) == 1
+
+
+def asked_nix(monkeypatch: pytest.MonkeyPatch, *, really: bool) -> list[Sequence[str]]:
+    """What is run from now on with something going on beside it; `really`: it is run, too."""
+    asked: list[Sequence[str]] = []
+
+    def noting(argv: Sequence[str], **options: Any) -> AbstractContextManager[None]:
+        asked.append(argv)
+        return beside(argv, **options) if really else nullcontext()
+
+    monkeypatch.setattr("nixbox.run.beside", noting)
+    return asked
+
+
+def test_a_root_is_the_one_that_nix_makes(tmp_path: Path, added: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / f"nixbox-test-{secrets.token_hex(6)}"
+    tree.write_bytes(os.urandom(10))
+    path = store.add_tree(tree)
+    added.append(path)
+    state = store.place(Path("/nix/var/nix"))
+    asked = asked_nix(monkeypatch, really=True)
+    found = []
+    for ours in (True, False):
+        before = set((state / "gcroots/auto").iterdir())
+        link = tmp_path / "link"
+        monkeypatch.setattr(store, "through_daemon", lambda ours=ours: not ours)
+        store.add_root(link, path)
+        (registered,) = {at for at in (state / "gcroots/auto").iterdir() if at.readlink() == link}
+        assert registered not in before and link.readlink() == path
+        assert link in store.roots_of(path)
+        found.append(registered.name)
+        registered.unlink()
+        link.unlink()
+    assert found[0] == found[1] and len(asked) == 1
+    assert not [at for at in tmp_path.iterdir() if at != tree]
+
+
+def test_a_root_waits_for_a_garbage_collector_and_one_for_a_root(
+    tmp_path: Path, added: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / f"nixbox-test-{secrets.token_hex(6)}"
+    tree.write_bytes(os.urandom(10))
+    path = store.add_tree(tree)
+    added.append(path)
+    asked = asked_nix(monkeypatch, really=False)
+    with (store.place(Path("/nix/var/nix")) / "gc.lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as who makes a root has it
+        argv = ["nix-store", "--gc", "--print-dead"]
+        env = os.environ | store.env()
+        collector = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+        with collector:
+            assert collector.stderr is not None
+            assert any(b"garbage collector lock" in line for line in collector.stderr)  # it says that it waits
+            assert collector.poll() is None
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            collector.stderr.read()
+        assert collector.returncode == 0
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a collector has it
+        store.add_root(tmp_path / "link", path)
+    assert len(asked) == 1 and not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NIX_REMOTE", "ssh://x"), ("NIX_STATE_DIR", "/x")])
+def test_a_root_elsewhere_is_for_nix_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    asked = asked_nix(monkeypatch, really=False)
+    monkeypatch.setenv(variable, value)
+    store.add_root(tmp_path / "link", store.STORE)
+    assert len(asked) == 1 and not (tmp_path / "link").is_symlink()
+
+
+def test_what_is_not_there_is_for_nix_to_say(tmp_path: Path) -> None:
+    gone = store.STORE / f"{'0' * 32}-{secrets.token_hex(6)}"
+    with pytest.raises(CommandError, match="nix-store"):
+        store.add_root(tmp_path / "link", gone)
+    assert not (tmp_path / "link").is_symlink()
 
 
 def test_nothing_asked_is_nothing_done() -> None:

@@ -45,6 +45,7 @@ RANKS = {
     "ed25519": 0,
     "sparse": 0,
     "trees": 0,
+    "digests": -1,  # a way to hash
     "values": -1,  # a way to write classes
 }
 STARTERS = {"subprocess", "multiprocessing", "pty", "sh", "_posixsubprocess", "concurrent"}

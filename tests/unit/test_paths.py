@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from nixbox import paths
+from nixbox import digests, paths
 from nixbox.errors import NixboxError
 from nixbox.image import build, store
 
@@ -56,3 +58,29 @@ def test_an_images_files_are_looked_for_until_they_are_there(tmp_path: Path, mon
     assert [image.file("root.img"), *image.sidecars] == [disk] * 3
     (place / "root.img").unlink()
     assert image.file("root.img") == disk, "what a store path holds never changes: it is not looked at again"
+
+
+def test_a_tree_is_removed_and_one_that_is_not_there_is_none(tmp_path: Path) -> None:
+    tree, link = tmp_path / "tree", tmp_path / "link"
+    (tree / "a/b").mkdir(parents=True)
+    (tree / "a/file").write_text("x")
+    link.symlink_to(tree)
+    paths.remove_tree(link)  # not a directory: left alone, and what it leads to as well
+    assert (tree / "a/file").exists()
+    for _ in range(2):
+        paths.remove_tree(tree)
+        assert not tree.exists()
+
+
+def test_a_full_disk_is_said_beforehand(tmp_path: Path) -> None:
+    paths.require_space(tmp_path, 1, "a test")
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(NixboxError, match=r"no space left for a test: .*MiB free"):
+        paths.require_space(tmp_path, free * 2 + 1, "a test")
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
+def test_digests_are_those_of_hashlib(data: bytes) -> None:
+    digest = digests.sha256(data[:7])
+    digest.update(data[7:])
+    assert digest.hexdigest() == hashlib.sha256(data).hexdigest()

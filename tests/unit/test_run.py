@@ -85,6 +85,9 @@ def test_programs_are_also_found_outside_path(tmp_path: Path, monkeypatch: pytes
     assert run.find_tool("a-tool") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run.find_tool("a-tool") == str(program)
+    program.chmod(0o644)
+    (tmp_path / "a-directory").mkdir()
+    assert run.find_tool("a-tool") is run.find_tool("a-directory") is None
     # sbin is searched although PATH lacks it
     if Path("/usr/sbin/mke2fs").exists() or Path("/sbin/mke2fs").exists():
         assert run.find_tool("mke2fs") is not None
