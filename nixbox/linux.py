@@ -5,8 +5,10 @@ All of them raise OSError. They are for a process that is about to become anothe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import struct
@@ -22,6 +24,7 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
 CAP_SETGID, CAP_SETUID = 6, 7  # linux/capability.h
+_ROOM = 511  # hypervisors have a hundred to two hundred before they serve directories
 _CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # sys/mount.h
@@ -89,6 +92,15 @@ def keep_only(*capabilities: int) -> None:
     header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
     # Effective, permitted and inheritable; then those from the 32nd on.
     checked(_libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0)))
+
+
+def make_room() -> None:
+    """Have a table for some hundred descriptors from now on: for a process that will have threads.
+
+    Once it has, the kernel waits for every CPU at each doubling of the table (expand_fdtable, fs/file.c): some 10 ms.
+    """
+    with contextlib.suppress(OSError):  # it may have fewer
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _ROOM))
 
 
 def set_name(name: str) -> None:

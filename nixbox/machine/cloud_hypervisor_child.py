@@ -100,7 +100,12 @@ class Launcher:
         ours = os.getpid()
         inherited = (settings.fds["api"], events, *settings.pass_fds)
         log = Path(settings.log)
-        return run.spawn(argv, log=log, pass_fds=inherited, inside=lambda: linux.end_with_parent(ours))
+
+        def inside() -> None:
+            linux.make_room()
+            linux.end_with_parent(ours)
+
+        return run.spawn(argv, log=log, pass_fds=inherited, inside=inside)
 
     def _boot(self) -> None:
         api = Api(Path(self.settings.api))

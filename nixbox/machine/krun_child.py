@@ -321,6 +321,7 @@ def prepare(modules: list[str]) -> None:
 def main() -> None:
     """`krun_child`: settings on standard input; becomes the VM."""
     settings = marshal.load(sys.stdin.buffer)  # noqa: S302 (of krun.Krun, which started it)
+    linux.make_room()
     os.umask(0o077)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler never runs while the VM does
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

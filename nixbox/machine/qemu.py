@@ -84,6 +84,7 @@ class Qemu:
             parent = os.getpid()
 
             def inside() -> None:
+                linux.make_room()
                 network.join_for_good()
                 if spec.bound and sys.platform == "linux":
                     linux.end_with_parent(parent)

@@ -156,6 +156,7 @@ def test_a_machines_life(host: Host) -> None:
     up("restored")
     status = json.loads(host.nixbox("status", "--json"))
     assert status["backend"] == host.backend
+    assert int(host.sh(f"sed -n 's/FDSize://p' /proc/{status['pid']}/status")) >= 512  # before it had threads
     _idles(host, status["pid"])
     host.sh(f"kill -9 {status['pid']}")
     host.nixbox("run", "true", code=125)
