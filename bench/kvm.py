@@ -248,8 +248,9 @@ def main() -> None:
             QEMU: lambda: host.up("booted", "--cold", "--backend", "qemu"),
             RESTORED[QEMU]: lambda: host.up("restored", "--backend", "qemu"),
             RESTORED[KRUN]: lambda: host.up("restored", "--backend", "krun"),
-            ONE: host.one,
         }
+        if not arguments.instructions:  # QEMU 7.2 gives its guest an interrupt twice then, and that hangs
+            contestants[ONE] = host.one
         if not arguments.quick:
             peers = place.path / "peers"
             kvm_peers.prepare(peers, store.physical(image / "root.img"))

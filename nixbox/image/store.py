@@ -315,7 +315,7 @@ def _rooted_at_once(link: Path, path: Path) -> bool:
     `link`, which it leads to (Nix manual, "Garbage Collector Roots"; libstore/gc.cc). The collector has `gc.lock` for
     itself (flock(2)) from before it looks for roots to its end: one that begins while it is shared finds this one.
     """
-    elsewhere = not os.environ.get("NIX_REMOTE", "/").startswith("/") or "NIX_STATE_DIR" in os.environ
+    elsewhere = not (os.environ.get("NIX_REMOTE") or "/").startswith("/") or "NIX_STATE_DIR" in os.environ
     if elsewhere or through_daemon():
         return False
     import hashlib
