@@ -6,7 +6,6 @@ write is therefore used only as it was when it was the user's alone (docs/decisi
 
 from __future__ import annotations
 
-import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -134,7 +133,7 @@ def _remember(source: Path, tree: trees.Tree) -> None:
     old = paths.known().plugins.get(str(source))
     paths.remember_plugin(source, tree.digest)
     if old is not None and old not in paths.known().plugins.values():
-        shutil.rmtree(_copies() / old[:32], ignore_errors=True)
+        paths.remove_tree(_copies() / old[:32])
 
 
 def trust(workspace: Path) -> list[Path]:

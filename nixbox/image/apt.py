@@ -7,7 +7,6 @@ sources.list(5) and apt.conf(5).
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nixbox import paths, run
+from nixbox.digests import sha256
 from nixbox.errors import ConfigError, HostError, NixboxError
 from nixbox.values import dataclass
 
@@ -337,7 +337,7 @@ def _unquote(text: str) -> str:
 def open_root(suite: str, arch: str, mirrors: Mirrors) -> Iterator[AptRoot]:
     """An isolated apt root under the cache directory, locked against a second user of it."""
     run.tool("apt-get")
-    ident = hashlib.sha256(f"{suite} {arch} {mirrors}".encode()).hexdigest()[:12]
+    ident = sha256(f"{suite} {arch} {mirrors}".encode()).hexdigest()[:12]
     directory = paths.cache_dir() / "apt" / ident
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "nixbox.lock").open("w") as lock:

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -228,7 +227,7 @@ def scratch() -> Iterator[str]:
         for _ in range(50):
             # The builder may be writing still for a moment; it also leaves directories without write permission.
             run.run(["chmod", "-R", "u+rwX", directory], timeout_s=60, check=False)
-            shutil.rmtree(directory, ignore_errors=True)
+            paths.remove_tree(Path(directory))
             if not Path(directory).exists():
                 break
             time.sleep(0.1)
