@@ -40,17 +40,10 @@ RECORD = Record(
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineDir:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime(tmp_path)))
+def machine(tmp_path: Path) -> MachineDir:
     found = MachineDir(tmp_path / "workspace", "web-1")
     found.prepare()
     return found
-
-
-def runtime(tmp_path: Path) -> Path:
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -485,8 +478,7 @@ def test_a_squatted_temporary_directory_is_refused(short: Path, monkeypatch: pyt
         paths.runtime_dir(Path("/a/workspace"), "web-1")
 
 
-def test_no_two_machines_share_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime(tmp_path)))
+def test_no_two_machines_share_sockets() -> None:
     pairs = [(f"/w{i}", name) for i in range(20) for name in ("a", "b", "a-b")] + [
         ("/w/a", "b"),
         ("/w", "a"),
@@ -507,8 +499,7 @@ def test_sockets_can_be_bound_there(short: Path, monkeypatch: pytest.MonkeyPatch
             listener.bind(path)
 
 
-def test_a_copy_of_a_machine_has_sockets_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime(tmp_path)))
+def test_a_copy_of_a_machine_has_sockets_of_its_own(tmp_path: Path) -> None:
     machine = MachineDir(tmp_path / "workspace", "web-1")
     copy = MachineDir(machine.path, "web-1", machine.path / "copy")
     assert copy.path == machine.path / "copy"

@@ -41,12 +41,6 @@ class Dying(MachineDir):
         return bool(self.words)
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run").mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-
-
 @pytest.mark.parametrize(
     ("count", "text"),
     [
