@@ -17,7 +17,7 @@ import threading
 import time
 
 from nixbox import jails, linux
-from nixbox.machine import krun_snapshots, relay
+from nixbox.machine import krun_snapshots, krun_timer, relay
 from nixbox.plan.network import GUEST_MAC, mac_bytes
 
 TYPE_CHECKING = False
@@ -348,6 +348,7 @@ def main() -> None:
         _begin_threads(settings, served, ours, terminal, console_log, log)
         _answer()
         os.dup2(2, 1)  # from here on every word is for the log
+        krun_timer.skip(krun_timer.REINJECT_CONTROL, os.uname().machine)
         served.goes_on.wait()
         library.call("krun_start_enter", context)
     except Refused as refused:

@@ -157,6 +157,8 @@ def test_a_machines_life(host: Host) -> None:
     status = json.loads(host.nixbox("status", "--json"))
     assert status["backend"] == host.backend
     assert int(host.sh(f"sed -n 's/FDSize://p' /proc/{status['pid']}/status")) >= 512  # before it had threads
+    if host.backend == "krun":
+        _has_no_old_timer(host, status["pid"])
     _idles(host, status["pid"])
     host.sh(f"kill -9 {status['pid']}")
     host.nixbox("run", "true", code=125)
@@ -213,6 +215,12 @@ def _idles(host: Host, pid: int) -> None:
     busy = f"cut -d' ' -f14,15 /proc/{pid}/stat"
     before, after = (sum(map(int, host.sh(words).split())) for words in (f"sleep 2; {busy}", f"sleep 4; {busy}"))
     assert after - before < 0.5 * 4 * os.sysconf("SC_CLK_TCK")
+
+
+def _has_no_old_timer(host: Host, pid: int) -> None:
+    """KVM was not asked about the old timer chip (machine/krun_timer), and the guest does not use it."""
+    assert host.sh(f"sed -n 's/Seccomp_filters:\t//p' /proc/{pid}/status") == "2\n"
+    assert host.guest("sed -n '/^ *0:/p' /proc/interrupts") == ""
 
 
 def _randomness(host: Host) -> None:
