@@ -64,11 +64,15 @@ def own_memory(mib: int) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A guest that goes on from a saved state and does not know yet who it is; a context manager."""
+    """A guest that goes on from a saved state and does not know yet who it is; a context manager.
+
+    `shell` is for nixbox's own SSH connection, unless that was begun; `held` as for Start.restore_from.
+    """
 
     start: Start
     channel: control.Control
     shell: socket.socket | None
+    held: bool
 
     def __enter__(self) -> Restored:
         return self
@@ -89,9 +93,15 @@ class Restored:
         """
         done = self.start.answer(self.channel, RESTORE_TIMEOUT_S, lenient=lenient)
         if self.shell is not None:
-            ssh.drop_stale(self.shell)
+            if not self.held:
+                ssh.drop_stale(self.shell)
             self.start.connect(self.shell)
         return done
+
+
+def _cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +249,7 @@ class Start:
         """Go on from a saved state; what comes back holds the channel, on which `go` is to follow.
 
         `memory` is a file (a descriptor) that others may map too. `held`: the guest's SSH server waits for its key,
-        connected to its host; ours takes that host's place at once. `going_on` is called before the guest goes on.
+        connected to its host; ours takes that host's place. `going_on` is called before the guest goes on.
         """
         if not (self.record.return_memory or self.record.shares_memory):
             common = MemoryFile.of(memory, shared=False)
@@ -276,10 +286,11 @@ class Start:
             self.shares.plug()
             going_on()
             self.backend.resume(sockets)
-            if held:
+            at_once = held and _cpus() > 1  # with one, it would only keep the guest from getting ready
+            if at_once:
                 self.connect(shell)
             undo.pop_all()
-        return Restored(self, channel, None if held else shell)
+        return Restored(self, channel, None if at_once else shell, held)
 
     def identify(self, channel: control.Control) -> str:
         """Tell a booting guest who it is; returns the hash of the setup that ran on its disk, or `-`."""
