@@ -51,6 +51,7 @@ class Guard:
         self.servers = upstream.Servers()
         self.user, self.net, self.alive = user, net, alive
         self.outside: int | None = None  # pasta's process id
+        self._outside_end = -1  # its pidfd
         self.attached_error: str | None = None
         self._attach_at = 0.0
         self._attach_until = 0.0
@@ -81,9 +82,9 @@ class Guard:
                 os._exit(code)
         theirs.close()
         self.channel = ours
-        data, fds, _, _ = socket.recv_fds(ours, inside.REQUEST_BYTES, 3)
+        data, fds, _, _ = socket.recv_fds(ours, inside.REQUEST_BYTES, 4)
         _understood(data)
-        self.udp, self.tcp, self.packets = (socket.socket(fileno=fd) for fd in fds)
+        self.udp, self.tcp, self.packets, self.routes = (socket.socket(fileno=fd) for fd in fds)
 
     def _request(self, words: str) -> bool:
         """Ask the helper (inside.serve). Raises OSError when it cannot do it."""
@@ -98,6 +99,8 @@ class Guard:
         self.detach()
         with open(f"{self.runtime}/pasta.log", "wb") as out:
             self.outside = _start([*self.pasta, str(self.helper)], out.fileno())
+        self._outside_end = os.pidfd_open(self.outside)
+        self._selector.register(self._outside_end, selectors.EVENT_READ)
         with open(f"{self.runtime}/pasta.pid", "w") as file:
             file.write(str(self.outside))
         self._attach_until = time.monotonic() + _ATTACH_TIMEOUT_S
@@ -107,7 +110,12 @@ class Guard:
         if self.outside is not None:
             os.kill(self.outside, signal.SIGKILL)
             os.waitpid(self.outside, 0)
-            self.outside = None
+            self._forget_outside()
+
+    def _forget_outside(self) -> None:
+        self.outside = None
+        self._selector.unregister(self._outside_end)
+        os.close(self._outside_end)
 
     def _look_outside(self) -> None:
         """Notice that it is attached, or that it is not, and then try again: a host's network comes and goes."""
@@ -122,7 +130,8 @@ class Guard:
                 words = [line for line in log.read().splitlines() if line.strip()]
             code = os.waitstatus_to_exitcode(ended[1])
             self.attached_error = words[-1] if words else f"pasta ended with code {code}"
-            self.outside, self._attach_at = None, now + _ATTACH_AGAIN_S
+            self._forget_outside()
+            self._attach_at = now + _ATTACH_AGAIN_S
             self._say_ready()
         elif not self._ready or self.attached_error is not None:
             if self._request("route"):
@@ -252,6 +261,11 @@ class Guard:
             return "not in network.ports"
         return "no allowed name was resolved to it"
 
+    def _on_routes(self) -> None:
+        """A route came or went: the loop looks next."""
+        with contextlib.suppress(OSError):  # more than fits its buffer came at once
+            self.routes.recv(1 << 16)
+
     # --- requests of the command line ---
 
     def _on_control(self) -> None:
@@ -323,6 +337,7 @@ class Guard:
             self.udp: self._on_udp,
             self.tcp: self._on_tcp,
             self.packets: self._on_packets,
+            self.routes: self._on_routes,
             self.control: self._on_control,
         }
         for sock in served:
@@ -330,8 +345,9 @@ class Guard:
         self._selector.register(self.alive, selectors.EVENT_READ)
         while True:
             self._look_outside()
+            # What it looks at wakes it up, but for the times at which something is tried again, or given up.
             settled = self._ready and self.attached_error is None
-            for key, _ in self._selector.select(1.0 if settled else 0.005 if not self._ready else 0.5):
+            for key, _ in self._selector.select(1.0 if settled else 0.5):
                 if key.fileobj == self.alive:
                     return
                 if key.fd in self._watched:

@@ -24,7 +24,8 @@ _ARPHRD_ETHER = 1
 _RTF_UP = 1
 _LAST_METRIC = 10_000
 _IFF_UP, _IFF_RUNNING = 0x1, 0x40
-_NETLINK_NETFILTER = 12
+_NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
+_RTMGRP_IPV4_ROUTE = 0x40  # linux/rtnetlink.h
 # linux/netfilter/nfnetlink_log.h
 _NFULNL_MSG_CONFIG = 4 << 8 | 1
 _NFULA_CFG_CMD, _NFULA_CFG_MODE = 1, 2
@@ -143,6 +144,13 @@ def _log_socket() -> socket.socket:
     return log
 
 
+def _route_socket() -> socket.socket:
+    """A netlink socket that has something to read whenever a route of IPv4 has come or gone."""
+    routes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE)
+    routes.bind((0, _RTMGRP_IPV4_ROUTE))
+    return routes
+
+
 def has_route() -> bool:
     """Whether this process's network namespace has a way out (the main table's default route)."""
     with open("/proc/thread-self/net/route") as file:
@@ -159,7 +167,7 @@ def serve(user: int, net: int, library: str, rules: str, channel: socket.socket)
     try:
         namespace.join(user, net)
         nft = _configure(library, rules)
-        sockets = [*_dns_sockets(), _log_socket()]
+        sockets = [*_dns_sockets(), _log_socket(), _route_socket()]
         socket.send_fds(channel, [b"yes"], [sock.fileno() for sock in sockets])
         for sock in sockets:
             sock.close()
