@@ -22,7 +22,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-MOST_FDS = 250  # in one message (SCM_MAX_FD in Linux's net/scm.h is 253)
 _ORDER_BYTES = 1 << 16
 _STATE, _ARG_START, _ARG_END = 3, 48, 49  # fields of /proc/self/stat (proc(5))
 
@@ -39,7 +38,7 @@ def main() -> None:
     for fd in (0, 1):
         os.dup2(nothing, fd)
     while True:
-        data, fds, _, _ = socket.recv_fds(orders, _ORDER_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(orders, _ORDER_BYTES, linux.MOST_FDS, socket.MSG_CMSG_CLOEXEC)
         if not data:
             os._exit(0)
         order = marshal.loads(data)  # noqa: S302 (of programs.Programs, which started it)

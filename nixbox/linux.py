@@ -24,6 +24,7 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
 CAP_SETGID, CAP_SETUID = 6, 7  # linux/capability.h
+MOST_FDS = 250  # in one message (SCM_MAX_FD in net/scm.h is 253)
 _ROOM = 511  # hypervisors have a hundred to two hundred before they serve directories
 _CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 

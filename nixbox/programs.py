@@ -66,7 +66,7 @@ class Forked:
 
 
 def _most_fds() -> int:
-    from nixbox.forkserver import MOST_FDS  # not for commands that start nothing: it brings ctypes
+    from nixbox.linux import MOST_FDS  # not for commands that start nothing: it brings ctypes
 
     return MOST_FDS
 

@@ -162,7 +162,7 @@ else:
         return {name: _plain(getattr(one, name)) for name in one.__value_fields__}
 
     def _plain(one):
-        if type(one) in _PLAIN:
+        if type(one) in _PLAIN or hasattr(one, "__fspath__"):  # a path does not change either
             return one
         if hasattr(type(one), "__value_fields__") or hasattr(type(one), "__dataclass_fields__"):
             return asdict(one)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import functools
-import grp
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from nixbox import run
-from nixbox.digests import sha256
+from nixbox.digests import sha1, sha256
 from nixbox.errors import HostError
 from nixbox.values import dataclass
 
@@ -153,6 +151,8 @@ def setup() -> NixSetup:
 
 
 def _has_members(group: str) -> bool:
+    import grp
+
     try:
         return bool(grp.getgrnam(group).gr_mem)
     except KeyError:
@@ -182,7 +182,9 @@ def flat_path(name: str, sha256_hex: str) -> Path:
 
 def recursive_path(name: str, nar_hash: str) -> Path:
     """The store path of a fixed-output tree with this NAR hash (`sha256-…`, base 64)."""
-    digest = base64.b64decode(nar_hash.removeprefix("sha256-")).hex()
+    from binascii import a2b_base64  # `base64` has all the other alphabets, too
+
+    digest = a2b_base64(nar_hash.removeprefix("sha256-")).hex()
     return _store_path("source", digest, name)
 
 
@@ -318,10 +320,8 @@ def _rooted_at_once(link: Path, path: Path) -> bool:
     elsewhere = not (os.environ.get("NIX_REMOTE") or "/").startswith("/") or "NIX_STATE_DIR" in os.environ
     if elsewhere or through_daemon():
         return False
-    import hashlib
-
     state = place(_STATE)
-    name = _base32(hashlib.sha1(os.fsencode(link), usedforsecurity=False).digest())
+    name = _base32(sha1(os.fsencode(link)).digest())
     try:
         lock = os.open(state / "gc.lock", os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # Nix's own to make

@@ -79,8 +79,9 @@ def test_a_full_disk_is_said_beforehand(tmp_path: Path) -> None:
         paths.require_space(tmp_path, free * 2 + 1, "a test")
 
 
+@pytest.mark.parametrize("name", digests.__all__)
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
-def test_digests_are_those_of_hashlib(data: bytes) -> None:
-    digest = digests.sha256(data[:7])
+def test_digests_are_those_of_hashlib(name: str, data: bytes) -> None:
+    digest = getattr(digests, name)(data[:7])
     digest.update(data[7:])
-    assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert digest.hexdigest() == getattr(hashlib, name)(data).hexdigest()
