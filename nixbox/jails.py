@@ -10,7 +10,6 @@ import contextlib
 import os
 import resource
 import stat
-import struct
 
 from nixbox import linux
 from nixbox.values import dataclass
@@ -28,10 +27,9 @@ _MODES = {
     "x86_64": (
         ((90, 1), (91, 1), (268, 2), (452, 2), (2, 2), (85, 1), (257, 3), (83, 1), (258, 2), (133, 1), (259, 2)),
         437,
-        0xC000003E,
     ),
     # fchmod, fchmodat, fchmodat2, openat, mkdirat, mknodat
-    "aarch64": (((52, 1), (53, 2), (452, 2), (56, 3), (34, 2), (33, 2)), 437, 0xC00000B7),
+    "aarch64": (((52, 1), (53, 2), (452, 2), (56, 3), (34, 2), (33, 2)), 437),
 }
 
 
@@ -126,24 +124,24 @@ def no_setuid(machine: str) -> bytes:
 
     They would let everybody on the host run a guest's program as this user. `machine` is as in uname(2).
     """
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
-    modes, openat2, arch = _MODES[machine]
+    load, equal, end = linux.BPF_LOAD, linux.BPF_EQUAL, linux.BPF_END
+    allow, kill, error = linux.SECCOMP_ALLOW, linux.SECCOMP_KILL, linux.SECCOMP_ERROR
+    modes, openat2 = _MODES[machine]
     steps = [
         (load, 0, 0, 4),  # seccomp_data.arch
-        (equal, 1, 0, arch),
+        (equal, 1, 0, linux.AUDIT_ARCH[machine]),
         (end, 0, 0, kill),
         (load, 0, 0, 0),  # seccomp_data.nr
-        (at_least, 0, 1, 0x40000000),  # the same calls under other numbers (x32)
+        (linux.BPF_AT_LEAST, 0, 1, 0x40000000),  # the same calls under other numbers (x32)
         (end, 0, 0, kill),
     ]
     for number, argument in modes:
         steps += [
             (equal, 0, 4, number),
             (load, 0, 0, 16 + 8 * argument),  # the lower half of seccomp_data.args[…], little-endian
-            (any_bit, 0, 1, stat.S_ISUID | stat.S_ISGID),
+            (linux.BPF_ANY_BIT, 0, 1, stat.S_ISUID | stat.S_ISGID),
             (end, 0, 0, error | 1),  # EPERM
             (end, 0, 0, allow),
         ]
     steps += [(equal, 0, 1, openat2), (end, 0, 0, error | 38), (end, 0, 0, allow)]  # ENOSYS
-    return b"".join(struct.pack("=HBBI", *step) for step in steps)
+    return linux.bpf(*steps)

@@ -23,6 +23,11 @@ _PR_SET_NAME = 15
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _SECBITS_NOROOT_LOCKED = 0b1111  # NOROOT, NO_SETUID_FIXUP and their locks (linux/securebits.h)
 _LAST_CAPABILITY = 63
+# Steps of a filter of system calls (classic BPF, linux/filter.h), its answers (linux/seccomp.h), and on which machine
+# the calls are made (linux/audit.h).
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_ANY_BIT, BPF_END = 0x20, 0x15, 0x35, 0x45, 0x06
+SECCOMP_ALLOW, SECCOMP_KILL, SECCOMP_ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CAP_SETGID, CAP_SETUID = 6, 7  # linux/capability.h
 MOST_FDS = 250  # in one message (SCM_MAX_FD in net/scm.h is 253)
 _ROOM = 511  # hypervisors have a hundred to two hundred before they serve directories
@@ -139,6 +144,13 @@ def pivot_root(directory: str) -> None:
     checked(_libc.syscall(ctypes.c_long(_SYS_PIVOT_ROOT[os.uname().machine]), b".", b"."))
     checked(_libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
+
+
+def bpf(*steps: tuple[int, int, int, int]) -> bytes:
+    """A program for `seccomp`. A step is its code, how many are left out if it holds and if not, and its value
+    (struct sock_filter, linux/filter.h).
+    """
+    return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
 def seccomp(program: bytes) -> None:

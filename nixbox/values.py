@@ -162,7 +162,7 @@ else:
         return {name: _plain(getattr(one, name)) for name in one.__value_fields__}
 
     def _plain(one):
-        if type(one) in _PLAIN or hasattr(one, "__fspath__"):  # a path does not change either
+        if type(one) in _PLAIN:
             return one
         if hasattr(type(one), "__value_fields__") or hasattr(type(one), "__dataclass_fields__"):
             return asdict(one)
@@ -172,6 +172,8 @@ else:
             return type(one)(map(_plain, one))
         if isinstance(one, dict):
             return type(one)((_plain(key), _plain(of)) for key, of in one.items())
+        if hasattr(one, "__fspath__"):  # a path does not change
+            return one
         from copy import deepcopy
 
         return deepcopy(one)

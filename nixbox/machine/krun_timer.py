@@ -8,13 +8,10 @@ chip: they have the APIC's timer and KVM's clock. See docs/decisions/039-a-call-
 
 from __future__ import annotations
 
-import struct
-
 from nixbox import linux
 
 REINJECT_CONTROL = 0xAE71  # linux/kvm.h: _IO(KVMIO, 0x71)
-_X86_64, _IOCTL = 0xC000003E, 16  # AUDIT_ARCH_X86_64 (linux/audit.h), and the call's number (asm/unistd_64.h)
-_ALLOW, _ANSWER_0 = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with no error (linux/seccomp.h)
+_IOCTL = 16  # asm/unistd_64.h
 
 
 def skip(request: int, machine: str) -> None:
@@ -24,15 +21,15 @@ def skip(request: int, machine: str) -> None:
     """
     if machine != "x86_64":
         return
-    load, equal, end = 0x20, 0x15, 0x06  # classic BPF (linux/filter.h)
-    steps = [
+    load, equal, end = linux.BPF_LOAD, linux.BPF_EQUAL, linux.BPF_END
+    program = linux.bpf(
         (load, 0, 0, 4),  # seccomp_data.arch
-        (equal, 0, 5, _X86_64),
+        (equal, 0, 5, linux.AUDIT_ARCH[machine]),
         (load, 0, 0, 0),  # seccomp_data.nr
         (equal, 0, 3, _IOCTL),
         (load, 0, 0, 16 + 8),  # the lower half of seccomp_data.args[1]
         (equal, 0, 1, request),
-        (end, 0, 0, _ANSWER_0),
-        (end, 0, 0, _ALLOW),
-    ]
-    linux.seccomp(b"".join(struct.pack("=HBBI", *step) for step in steps))
+        (end, 0, 0, linux.SECCOMP_ERROR),  # with the number 0: none
+        (end, 0, 0, linux.SECCOMP_ALLOW),
+    )
+    linux.seccomp(program)

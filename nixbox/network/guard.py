@@ -117,6 +117,11 @@ class Guard:
         self._selector.unregister(self._outside_end)
         os.close(self._outside_end)
 
+    def _on_routes(self) -> None:
+        """A route came or went: the loop looks next."""
+        with contextlib.suppress(OSError):  # more than fits its buffer came at once
+            self.routes.recv(1 << 16)
+
     def _look_outside(self) -> None:
         """Notice that it is attached, or that it is not, and then try again: a host's network comes and goes."""
         now = time.monotonic()
@@ -261,11 +266,6 @@ class Guard:
             return "not in network.ports"
         return "no allowed name was resolved to it"
 
-    def _on_routes(self) -> None:
-        """A route came or went: the loop looks next."""
-        with contextlib.suppress(OSError):  # more than fits its buffer came at once
-            self.routes.recv(1 << 16)
-
     # --- requests of the command line ---
 
     def _on_control(self) -> None:
@@ -347,7 +347,7 @@ class Guard:
             self._look_outside()
             # What it looks at wakes it up, but for the times at which something is tried again, or given up.
             settled = self._ready and self.attached_error is None
-            for key, _ in self._selector.select(1.0 if settled else 0.5):
+            for key, _ in self._selector.select(None if settled else 0.5):
                 if key.fileobj == self.alive:
                     return
                 if key.fd in self._watched:
