@@ -13,10 +13,9 @@ import fcntl
 import gc
 import marshal
 import os
-import socket
 import sys
 
-from nixbox import linux
+from nixbox import light, linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,12 +32,12 @@ def main() -> None:
     (`main` is called), the label that a list of processes shows, its arguments, and numbers: those of the descriptors
     that come with it after its standard streams. The answer to the latter is the process's number, and a pidfd of it.
     """
-    orders = socket.socket(fileno=os.dup(0))
+    orders = light.Socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):
         os.dup2(nothing, fd)
     while True:
-        data, fds, _, _ = socket.recv_fds(orders, _ORDER_BYTES, linux.MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds = light.receive_fds(orders, _ORDER_BYTES, linux.MOST_FDS, light.MSG_CMSG_CLOEXEC)
         if not data:
             os._exit(0)
         order = marshal.loads(data)  # noqa: S302 (of programs.Programs, which started it)
@@ -52,7 +51,7 @@ def main() -> None:
             module, label, arguments, numbers = order
             _become(module, label, arguments, dict(zip((0, 1, 2, *numbers), fds, strict=True)))
         pidfd = os.pidfd_open(pid)  # nobody has waited for it yet: the number is still its own
-        socket.send_fds(orders, [b"%d" % pid], [pidfd])
+        light.send_fds(orders, b"%d" % pid, [pidfd])
         for fd in (pidfd, *fds):
             os.close(fd)
         _reap()

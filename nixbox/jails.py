@@ -6,12 +6,11 @@ raises OSError.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import stat
 
-from nixbox import linux
+from nixbox import light, linux
 from nixbox.values import dataclass
 
 TYPE_CHECKING = False
@@ -115,7 +114,7 @@ def raise_limit() -> None:
     """As many descriptors as this process may have: one for every file that a guest remembers."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    with contextlib.suppress(ValueError):
+    with light.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 

@@ -5,13 +5,13 @@ All of them raise OSError. They are for a process that is about to become anothe
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
 import os
-import signal
 import struct
+
+from nixbox import light
 
 CLONE_NEWNS = 0x00020000  # sched.h
 CLONE_NEWIPC = 0x08000000
@@ -105,7 +105,7 @@ def make_room() -> None:
 
     Once it has, the kernel waits for every CPU at each doubling of the table (expand_fdtable, fs/file.c): some 10 ms.
     """
-    with contextlib.suppress(OSError):  # it may have fewer
+    with light.suppress(OSError):  # it may have fewer
         os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _ROOM))
 
 
@@ -119,7 +119,7 @@ def end_with_parent(parent: int) -> None:
 
     A change of credentials takes it back (prctl(2)), so namespaces are to be joined before.
     """
-    checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    checked(_libc.prctl(_PR_SET_PDEATHSIG, light.SIGKILL, 0, 0, 0))
     if os.getppid() != parent:  # it ended before it could be followed
         os._exit(1)
 

@@ -292,6 +292,11 @@ def require_space(directory: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def no_space(path: Path) -> NixboxError:
+    """What to raise for a file that a full disk kept from being written."""
+    return NixboxError(f"no space left to write {path}", hint="free some space and try again")
+
+
 def _sync_directory(directory: Path) -> None:
     """A rename is on the disk when its directory is."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -323,5 +328,5 @@ def write_atomic(path: Path, text: str, mode: int = 0o644, *, synced: bool = Tru
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise NixboxError(f"no space left to write {path}", hint="free some space and try again") from None
+            raise no_space(path) from None
         raise

@@ -135,7 +135,7 @@ def _whole(target: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise NixboxError(f"no space left to write {target}", hint="free some space and try again") from None
+            raise paths.no_space(target) from None
         raise
 
 

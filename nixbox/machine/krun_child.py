@@ -7,16 +7,13 @@ error, the machine's vm.log. From the jail on it sees the machine's own files, t
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import marshal
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 
-from nixbox import jails, linux
+from nixbox import jails, light, linux
 from nixbox.machine import krun_snapshots, krun_timer, relay
 from nixbox.plan.network import GUEST_MAC, mac_bytes
 
@@ -159,7 +156,7 @@ def _descriptors() -> set[int]:
     """All that is open."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that which listed them is closed by now
+        with light.suppress(OSError):  # that which listed them is closed by now
             os.fstat(int(name))
             found.add(int(name))
     return found
@@ -212,7 +209,7 @@ def configure(lib: Library, settings: dict[str, Any], console: int, guest: int) 
 
 
 def _keep_console(terminal: int, log: int) -> None:
-    with contextlib.suppress(OSError):
+    with light.suppress(OSError):
         while data := os.read(terminal, 1 << 16):
             os.write(log, data)
 
@@ -236,17 +233,22 @@ class Monitor:
 
     def __init__(self, library: Library, context: int, *, incoming: bool) -> None:
         self.library, self.context = library, context
-        self.goes_on = threading.Event()
-        if not incoming:
-            self.goes_on.set()
+        self._waits = incoming
+        self._going = _thread.allocate_lock()
+        self._going.acquire()
 
-    def serve(self, listener: socket.socket) -> None:
+    def wait(self) -> None:
+        """Until the VM may begin: one that is given a state is told when."""
+        if self._waits:
+            self._going.acquire()
+
+    def serve(self, listener: relay.Connection) -> None:
         """Answer for ever."""
         while True:
             asker, _ = listener.accept()
-            with asker, contextlib.suppress(OSError):
+            with asker, light.suppress(OSError):
                 asker.settimeout(_ORDER_TIMEOUT_S)
-                words, fds, _, _ = socket.recv_fds(asker, _CHUNK, 1)
+                words, fds = light.receive_fds(asker, _CHUNK, 1)
                 while data := asker.recv(_CHUNK):
                     words += data
                 asker.sendall(self._answer(words, fds))
@@ -260,12 +262,14 @@ class Monitor:
                 case [b"quit"]:
                     os._exit(0)  # what the guest has written is in the files already
                 case [b"status"]:
-                    return b"running\n" if self.goes_on.is_set() else b"inmigrate\n"
+                    return b"inmigrate\n" if self._waits else b"running\n"
                 case [b"load", _]:
                     krun_snapshots.load(self.library, self.context, rest)
                     return b"ok\n"
                 case [b"resume"]:
-                    self.goes_on.set()
+                    if self._waits:
+                        self._waits = False
+                        self._going.release()
                     return b"ok\n"
                 case [b"pause"]:
                     krun_snapshots.pause()
@@ -280,18 +284,16 @@ class Monitor:
 
 
 def _begin_threads(
-    settings: dict[str, Any], ours: Monitor, guest: socket.socket, terminal: int, console: int, log: int
+    settings: dict[str, Any], ours: Monitor, guest: light.Socket, terminal: int, console: int, log: int
 ) -> None:
-    control, monitor, shell = (socket.socket(fileno=fd) for fd in settings["sockets"])
+    control, monitor, shell = (light.Socket(fileno=fd) for fd in settings["sockets"])
     address, port = settings["address"]
-    for target, arguments in (
-        (relay.serve_control, (control, guest)),
-        (relay.serve_shell, (shell, (address, port))),
-        (ours.serve, (monitor,)),
-        (_keep_console, (terminal, console)),
-        (_watch_log, (log,)),
-    ):
-        threading.Thread(target=target, args=arguments, daemon=True).start()
+    begin = _thread.start_new_thread
+    begin(relay.serve_control, (control, guest))
+    begin(relay.serve_shell, (shell, (address, port)))
+    begin(ours.serve, (monitor,))
+    begin(_keep_console, (terminal, console))
+    begin(_watch_log, (log,))
 
 
 # --- the process ---
@@ -299,7 +301,7 @@ def _begin_threads(
 
 def _answer(what: str = "", code: int = 0, detail: str = "") -> None:
     """What libkrun refused, if it did."""
-    with contextlib.suppress(OSError):
+    with light.suppress(OSError):
         os.write(1, "\0".join((what, str(code), detail)).encode())
 
 
@@ -323,8 +325,8 @@ def main() -> None:
     settings = marshal.load(sys.stdin.buffer)  # noqa: S302 (of krun.Krun, which started it)
     linux.make_room()
     os.umask(0o077)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler never runs while the VM does
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    light.signal(light.SIGINT, light.SIG_DFL)  # Python's own handler never runs while the VM does
+    light.signal(light.SIGPIPE, light.SIG_IGN)
     sys.path[:0] = settings["modules"]
     try:
         _join(*settings["namespaces"])
@@ -337,7 +339,7 @@ def main() -> None:
         enter_jail(settings)
         if settings["parent"] is not None:
             linux.end_with_parent(settings["parent"])
-        ours, guest = socket.socketpair()
+        ours, guest = light.socket_pair(light.SOCK_STREAM)
         context = configure(library, settings, console, guest.fileno())
         memory = settings["memory"]
         if memory is not None and os.path.exists(_MEMORY):
@@ -349,7 +351,7 @@ def main() -> None:
         _answer()
         os.dup2(2, 1)  # from here on every word is for the log
         krun_timer.skip(krun_timer.REINJECT_CONTROL, os.uname().machine)
-        served.goes_on.wait()
+        served.wait()
         library.call("krun_start_enter", context)
     except Refused as refused:
         _give_up(refused)

@@ -8,9 +8,8 @@ with `checkpoint.bin` and `manifest.bin` for CPUs and devices, and `memory.bin`,
 from __future__ import annotations
 
 import os
-import socket
 
-from nixbox import sparse
+from nixbox import light, sparse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def save(memory: int) -> bytes:
 
 
 def _order(words: str) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with light.Socket(light.AF_UNIX, light.SOCK_STREAM) as sock:
         sock.connect(_CONTROL)
         sock.sendall(f"{words}\n".encode())
         answer = b""

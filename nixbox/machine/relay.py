@@ -5,10 +5,17 @@ Both functions are for threads of the process that is, or looks after, the VM: t
 
 from __future__ import annotations
 
-import selectors
-import socket
-import threading
+import _thread
+import select
 import time
+
+from nixbox import light
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    Connection = socket.socket | light.Socket
 
 # The control messages that a payload of so many bytes follows (guest/control.py).
 WITH_PAYLOAD = (b"go", b"env", b"mount", b"unmount")
@@ -49,7 +56,7 @@ class Framing:
         return end + 1 - start + payload
 
 
-def serve_control(listener: socket.socket, guest: socket.socket) -> None:
+def serve_control(listener: Connection, guest: Connection) -> None:
     """Give whoever connects to `listener`, one at a time, the guest's control channel, which never closes.
 
     The guest does not notice that a host goes away, so it only ever gets whole messages: what was cut off in the
@@ -65,66 +72,67 @@ def serve_control(listener: socket.socket, guest: socket.socket) -> None:
                 return
 
 
-def _session(host: socket.socket, guest: socket.socket) -> bool:
+def _session(host: Connection, guest: Connection) -> bool:
     """Until the host has gone; whether the guest is still there. Raises ConnectionError of the guest's end."""
     framing = Framing()
-    with selectors.DefaultSelector() as selector:
-        selector.register(host, selectors.EVENT_READ)
-        selector.register(guest, selectors.EVENT_READ)
-        while True:
-            ready = {key.fileobj for key, _ in selector.select()}
-            if host in ready:  # before the guest: what that says to a host that has gone is for the next
-                try:
-                    data = host.recv(_CHUNK)
-                    whole = framing.whole(data)
-                except (ConnectionError, ValueError):
-                    return True
-                if not data:
-                    return True
-                guest.sendall(whole)
-            if guest in ready:
-                said = guest.recv(_CHUNK)
-                if not said:
-                    return False
-                try:
-                    host.sendall(said)
-                except ConnectionError:
-                    return True
+    polled = select.poll()
+    for sock in (host, guest):
+        polled.register(sock, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in polled.poll()}
+        if host.fileno() in ready:  # before the guest: what that says to a host that has gone is for the next
+            try:
+                data = host.recv(_CHUNK)
+                whole = framing.whole(data)
+            except (ConnectionError, ValueError):
+                return True
+            if not data:
+                return True
+            guest.sendall(whole)
+        if guest.fileno() in ready:
+            said = guest.recv(_CHUNK)
+            if not said:
+                return False
+            try:
+                host.sendall(said)
+            except ConnectionError:
+                return True
 
 
-def serve_shell(listener: socket.socket, address: tuple[str, int]) -> None:
+def serve_shell(listener: Connection, address: tuple[str, int]) -> None:
     """Make every connection to `listener` one to a server of the guest's, in this process's network namespace."""
     while True:
         host, _ = listener.accept()
-        threading.Thread(target=_shell, args=(host, address), daemon=True).start()
+        _thread.start_new_thread(_shell, (host, address))
 
 
-def _shell(host: socket.socket, address: tuple[str, int]) -> None:
+def _shell(host: Connection, address: tuple[str, int]) -> None:
     with host:
         try:
             # A connection may be made before the guest goes on, to be there when it does. Not before a word has come:
             # what was begun and given up meanwhile would fill the server's queue when it wakes up.
-            if not host.recv(1, socket.MSG_PEEK):
+            if not host.recv(1, light.MSG_PEEK):
                 return
             guest = _connected(address)
         except OSError:
             return
         with guest:
-            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            there = threading.Thread(target=_copy, args=(host, guest), daemon=True)
-            there.start()
+            guest.setsockopt(light.IPPROTO_TCP, light.TCP_NODELAY, 1)
+            there = _thread.allocate_lock()
+            there.acquire()
+            _thread.start_new_thread(_copy_there, (host, guest, there))
             _copy(guest, host)
-            there.join()
+            there.acquire()  # only then may they be closed
 
 
-def _connected(address: tuple[str, int]) -> socket.socket:
+def _connected(address: tuple[str, int]) -> light.Socket:
     """Connect to a server that may not listen yet. Raises OSError after a minute."""
     deadline = time.monotonic() + _CONNECT_LIMIT_S
     timeouts = iter(_CONNECT_TIMEOUTS_S)
     timeout_s = next(timeouts)
     while True:
         # Not create_connection: it looks names up, for which a process in a jail has no files.
-        guest = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        guest = light.Socket(light.AF_INET, light.SOCK_STREAM)
         try:
             guest.settimeout(timeout_s)
             guest.connect(address)
@@ -140,7 +148,14 @@ def _connected(address: tuple[str, int]) -> socket.socket:
             return guest
 
 
-def _copy(source: socket.socket, target: socket.socket) -> None:
+def _copy_there(host: Connection, guest: Connection, done: _thread.LockType) -> None:
+    try:
+        _copy(host, guest)
+    finally:
+        done.release()
+
+
+def _copy(source: Connection, target: Connection) -> None:
     """Bytes one way until either end is closed; then both ways end: a shell's stream has no half."""
     try:
         while data := source.recv(_CHUNK):
@@ -149,6 +164,6 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
         pass
     for sock in (source, target):
         try:
-            sock.shutdown(socket.SHUT_RDWR)
+            sock.shutdown(light.SHUT_RDWR)
         except OSError:
             continue

@@ -7,24 +7,22 @@ the site's packages and imports little, since a machine's first command waits fo
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import marshal
 import os
-import selectors
-import signal
-import socket
+import select
 import struct
 import sys
-import threading
 import time
 
-from nixbox import linux
+from nixbox import light, linux
 from nixbox.network import dns, inside, policy, refusals, upstream
 from nixbox.plan.network import Policy
 from nixbox.values import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from nixbox.mounts.standin import StandIn
@@ -60,31 +58,32 @@ class Guard:
             int, tuple[str, list[dict[str, Any]], list[int]]
         ] = {}  # by pidfd: tag, queues, descriptors
         self._standing_in: dict[str, StandIn] = {}
-        self._lock = threading.Lock()  # for the helper's channel, the log and the names
-        self._slots = threading.BoundedSemaphore(_MOST_QUESTIONS)
-        self._selector = selectors.DefaultSelector()
+        self._lock = _thread.allocate_lock()  # for the helper's channel, the log and the names
+        self._answering = 0  # questions
+        self._counting = _thread.allocate_lock()
+        self._polled = select.poll()
         self._ready = False
 
     # --- the helper in the namespace ---
 
     def enter(self) -> None:
         """Start the helper and take its sockets. Raises OSError with what it could not do."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = light.socket_pair(light.SOCK_SEQPACKET)
         self.helper = os.fork()
         if self.helper == 0:
             code = 1
             try:
                 ours.close()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                light.signal(light.SIGTERM, light.SIG_DFL)
                 inside.serve(self.user, self.net, self.library, policy.ruleset(self.policy), theirs)
                 code = 0
             finally:
                 os._exit(code)
         theirs.close()
         self.channel = ours
-        data, fds, _, _ = socket.recv_fds(ours, inside.REQUEST_BYTES, 4)
+        data, fds = light.receive_fds(ours, inside.REQUEST_BYTES, 4)
         _understood(data)
-        self.udp, self.tcp, self.packets, self.routes = (socket.socket(fileno=fd) for fd in fds)
+        self.udp, self.tcp, self.packets, self.routes = (light.Socket(fileno=fd) for fd in fds)
 
     def _request(self, words: str) -> bool:
         """Ask the helper (inside.serve). Raises OSError when it cannot do it."""
@@ -100,7 +99,7 @@ class Guard:
         with open(f"{self.runtime}/pasta.log", "wb") as out:
             self.outside = _start([*self.pasta, str(self.helper)], out.fileno())
         self._outside_end = os.pidfd_open(self.outside)
-        self._selector.register(self._outside_end, selectors.EVENT_READ)
+        self._polled.register(self._outside_end, select.POLLIN)
         with open(f"{self.runtime}/pasta.pid", "w") as file:
             file.write(str(self.outside))
         self._attach_until = time.monotonic() + _ATTACH_TIMEOUT_S
@@ -108,18 +107,18 @@ class Guard:
     def detach(self) -> None:
         """End the outside; established connections end with it."""
         if self.outside is not None:
-            os.kill(self.outside, signal.SIGKILL)
+            os.kill(self.outside, light.SIGKILL)
             os.waitpid(self.outside, 0)
             self._forget_outside()
 
     def _forget_outside(self) -> None:
         self.outside = None
-        self._selector.unregister(self._outside_end)
+        self._polled.unregister(self._outside_end)
         os.close(self._outside_end)
 
     def _on_routes(self) -> None:
         """A route came or went: the loop looks next."""
-        with contextlib.suppress(OSError):  # more than fits its buffer came at once
+        with light.suppress(OSError):  # more than fits its buffer came at once
             self.routes.recv(1 << 16)
 
     def _look_outside(self) -> None:
@@ -149,7 +148,7 @@ class Guard:
     def _say_ready(self) -> None:
         if not self._ready:
             self._ready = True
-            with contextlib.suppress(OSError):
+            with light.suppress(OSError):
                 _say("ready", self.attached_error or "")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -202,8 +201,23 @@ class Guard:
 
     def _on_udp(self) -> None:
         data, asker = self.udp.recvfrom(dns.LONGEST)
-        if self._slots.acquire(blocking=False):
-            threading.Thread(target=self._answer_udp, args=(data, asker), daemon=True).start()
+        self._begin(self._answer_udp, data, asker)
+
+    def _begin(self, answer: Callable[..., None], *arguments: Any) -> bool:
+        """Have a thread answer; whether one does: there may be too many."""
+        with self._counting:
+            if self._answering == _MOST_QUESTIONS:
+                return False
+            self._answering += 1
+        _thread.start_new_thread(self._in_thread, (answer, arguments))
+        return True
+
+    def _in_thread(self, answer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            answer(*arguments)
+        finally:
+            with self._counting:
+                self._answering -= 1
 
     def _answer_udp(self, data: bytes, asker: Any) -> None:
         try:
@@ -215,17 +229,13 @@ class Guard:
                 self.udp.sendto(answer, asker)
         except OSError:
             return  # the guest is gone, or its queue is full; it asks again
-        finally:
-            self._slots.release()
 
     def _on_tcp(self) -> None:
         client, _ = self.tcp.accept()
-        if self._slots.acquire(blocking=False):
-            threading.Thread(target=self._serve_tcp, args=(client,), daemon=True).start()
-        else:
+        if not self._begin(self._serve_tcp, client):
             client.close()
 
-    def _serve_tcp(self, client: socket.socket) -> None:
+    def _serve_tcp(self, client: light.Socket) -> None:
         try:
             with client:
                 client.settimeout(_CLIENT_TIMEOUT_S)
@@ -236,8 +246,6 @@ class Guard:
                     client.sendall(struct.pack("!H", len(found[1])) + found[1])
         except OSError:
             return
-        finally:
-            self._slots.release()
 
     # --- refused connections ---
 
@@ -272,8 +280,8 @@ class Guard:
         client, _ = self.control.accept()
         with client:
             client.settimeout(1.0)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                data, fds, _, _ = socket.recv_fds(client, 1 << 16, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+            with light.suppress(OSError, ValueError, KeyError):
+                data, fds = light.receive_fds(client, 1 << 16, _MOST_FDS, light.MSG_CMSG_CLOEXEC)
                 import json  # of no use until somebody asks
 
                 request = json.loads(data)
@@ -289,14 +297,14 @@ class Guard:
         """Watch over a process that serves a mount: its pidfd comes first, then what it takes to stand in for it."""
         pidfd, *rest = fds
         self._watched[pidfd] = (what["tag"], what["queues"], rest)
-        self._selector.register(pidfd, selectors.EVENT_READ)
+        self._polled.register(pidfd, select.POLLIN)
 
     def _ended(self, pidfd: int) -> None:
         """Such a process is gone: nobody in the guest shall wait for it."""
         from nixbox.mounts import standin
 
         tag, queues, fds = self._watched.pop(pidfd)
-        self._selector.unregister(pidfd)
+        self._polled.unregister(pidfd)
         os.close(pidfd)
         stand_in = standin.StandIn(standin.Device.from_json(queues, fds))
         self._standing_in[tag] = stand_in
@@ -307,7 +315,7 @@ class Guard:
         if tag in self._standing_in:
             self._standing_in.pop(tag).stop()
         for pidfd in [fd for fd, watched in self._watched.items() if watched[0] == tag]:
-            self._selector.unregister(pidfd)
+            self._polled.unregister(pidfd)
             for fd in (pidfd, *self._watched.pop(pidfd)[2]):
                 os.close(fd)
 
@@ -327,44 +335,44 @@ class Guard:
     def run(self) -> None:
         """Serve until the VM has ended."""
         path = f"{self.runtime}/net"
-        with contextlib.suppress(FileNotFoundError):
+        with light.suppress(FileNotFoundError):
             os.unlink(path)
-        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.control = light.Socket(light.AF_UNIX, light.SOCK_STREAM)
         self.control.bind(path)
         os.chmod(path, 0o600)
         self.control.listen(8)
-        served = {
-            self.udp: self._on_udp,
-            self.tcp: self._on_tcp,
-            self.packets: self._on_packets,
-            self.routes: self._on_routes,
-            self.control: self._on_control,
-        }
-        for sock in served:
-            self._selector.register(sock, selectors.EVENT_READ)
-        self._selector.register(self.alive, selectors.EVENT_READ)
+        served = (
+            (self.udp, self._on_udp),
+            (self.tcp, self._on_tcp),
+            (self.packets, self._on_packets),
+            (self.routes, self._on_routes),
+            (self.control, self._on_control),
+        )
+        handlers = {sock.fileno(): handler for sock, handler in served}
+        for fd in (*handlers, self.alive):
+            self._polled.register(fd, select.POLLIN)
         while True:
             self._look_outside()
             # What it looks at wakes it up, but for the times at which something is tried again, or given up.
             settled = self._ready and self.attached_error is None
-            for key, _ in self._selector.select(None if settled else 0.5):
-                if key.fileobj == self.alive:
+            for fd, _ in self._polled.poll(None if settled else 500):
+                if fd == self.alive:
                     return
-                if key.fd in self._watched:
-                    self._ended(key.fd)
+                if fd in self._watched:
+                    self._ended(fd)
                     continue
-                handler = served.get(key.fileobj)  # type: ignore[call-overload]
+                handler = handlers.get(fd)
                 if handler is not None:  # else it was forgotten a moment ago
-                    with contextlib.suppress(BlockingIOError):
+                    with light.suppress(BlockingIOError):
                         handler()
 
     def end(self) -> None:
         """Take away what was started."""
         self.detach()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.helper, signal.SIGKILL)
+        with light.suppress(ProcessLookupError):
+            os.kill(self.helper, light.SIGKILL)
         os.waitpid(self.helper, 0)
-        with contextlib.suppress(OSError):
+        with light.suppress(OSError):
             os.unlink(f"{self.runtime}/net")
 
 
@@ -379,7 +387,7 @@ def _start(argv: list[str], output: int) -> int:
         return pid
     try:
         linux.end_with_parent(parent)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        light.signal(light.SIGPIPE, light.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -418,7 +426,7 @@ def main() -> None:
     except OSError as error:
         _say("failed", error.strerror or str(error))
         sys.exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    light.signal(light.SIGTERM, lambda *_: sys.exit(0))
     try:
         guard.run()
     finally:

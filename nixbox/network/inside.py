@@ -6,13 +6,12 @@ a socket until the guard is gone.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
-import socket
 import struct
 
+from nixbox import light
 from nixbox.network import namespace, policy
 from nixbox.plan.network import GUEST_MAC, mac_bytes
 
@@ -72,10 +71,10 @@ def _configure(library: str, rules: str) -> Filter:
 
 def set_up_device() -> None:
     """Give the machine's end of the guest's network its address. Raises OSError."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with light.Socket(light.AF_INET, light.SOCK_DGRAM) as sock:
 
         def address(request: int, value: str) -> None:
-            packed = struct.pack("16sHH4s8x", policy.DEVICE.encode(), socket.AF_INET, 0, socket.inet_aton(value))
+            packed = struct.pack("16sHH4s8x", policy.DEVICE.encode(), light.AF_INET, 0, light.inet_aton(value))
             fcntl.ioctl(sock, request, packed)
 
         # The same in every namespace: a guest that was saved knows it still.
@@ -83,54 +82,54 @@ def set_up_device() -> None:
         fcntl.ioctl(sock, _SIOCSIFHWADDR, struct.pack("16sH6s16x", policy.DEVICE.encode(), _ARPHRD_ETHER, mac))
         address(_SIOCSIFADDR, policy.GATEWAY)
         mask = 0xFFFFFFFF << (32 - policy.PREFIX) & 0xFFFFFFFF
-        address(_SIOCSIFNETMASK, socket.inet_ntoa(struct.pack("!I", mask)))
+        address(_SIOCSIFNETMASK, light.inet_ntoa(struct.pack("!I", mask)))
         for name in ("lo", policy.DEVICE):
             fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), _IFF_UP | _IFF_RUNNING))
         _last_route(sock)
         _neighbour(sock)
 
 
-def _neighbour(sock: socket.socket) -> None:
+def _neighbour(sock: light.Socket) -> None:
     """Where the guest is, so that nobody asks: one that is still asleep would be asked again a second later.
 
     Not for good (ATF_PERM): a guest may take another address.
     """
     # struct arpreq (linux/if_arp.h): both addresses as a sockaddr, flags, a mask, the device.
-    there = struct.pack("@H2x4s8x", socket.AF_INET, socket.inet_aton(policy.GUEST))
+    there = struct.pack("@H2x4s8x", light.AF_INET, light.inet_aton(policy.GUEST))
     entry = there + struct.pack(
         "@H6s8xi16x16s", _ARPHRD_ETHER, mac_bytes(GUEST_MAC), _ATF_COM, policy.DEVICE.encode()
     )
     fcntl.ioctl(sock, _SIOCSARP, entry)
 
 
-def _last_route(sock: socket.socket) -> None:
+def _last_route(sock: light.Socket) -> None:
     """A default route to nowhere, after every other: what has no way out is then refused by the filter and logged."""
     device = ctypes.create_string_buffer(b"lo")
-    nothing = struct.pack("=H14x", socket.AF_INET)
+    nothing = struct.pack("=H14x", light.AF_INET)
     # struct rtentry (linux/route.h): destination, gateway and mask are 0.0.0.0.
     flags = (_RTF_UP, 0, 0, 0, _LAST_METRIC)
     entry = struct.pack("@L16s16s16sHhLPhPLLH", 0, *[nothing] * 3, *flags, ctypes.addressof(device), 0, 0, 0)
-    with contextlib.suppress(FileExistsError):
+    with light.suppress(FileExistsError):
         fcntl.ioctl(sock, _SIOCADDRT, entry)
 
 
-def _dns_sockets() -> tuple[socket.socket, socket.socket]:
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def _dns_sockets() -> tuple[light.Socket, light.Socket]:
+    udp = light.Socket(light.AF_INET, light.SOCK_DGRAM)
     udp.bind((policy.GATEWAY, policy.DNS_PORT))
-    tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    tcp = light.Socket(light.AF_INET, light.SOCK_STREAM)
+    tcp.setsockopt(light.SOL_SOCKET, light.SO_REUSEADDR, 1)
     tcp.bind((policy.GATEWAY, policy.DNS_PORT))
     tcp.listen(16)
     return udp, tcp
 
 
-def _log_socket() -> socket.socket:
+def _log_socket() -> light.Socket:
     """A netlink socket that gets every packet which the filter logs (nfnetlink_log, one message each)."""
-    log = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    log = light.Socket(light.AF_NETLINK, light.SOCK_RAW, _NETLINK_NETFILTER)
     log.bind((0, 0))
 
     def configure(attribute: int, data: bytes) -> None:
-        body = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(policy.LOG_GROUP))
+        body = struct.pack("=BBH", light.AF_UNSPEC, 0, light.htons(policy.LOG_GROUP))
         padded = data + b"\0" * (-len(data) % 4)
         body += struct.pack("=HH", 4 + len(data), attribute) + padded
         log.send(struct.pack("=IHHII", 16 + len(body), _NFULNL_MSG_CONFIG, 0x1 | 0x4, 0, 0) + body)
@@ -144,9 +143,9 @@ def _log_socket() -> socket.socket:
     return log
 
 
-def _route_socket() -> socket.socket:
+def _route_socket() -> light.Socket:
     """A netlink socket that has something to read whenever a route of IPv4 has come or gone."""
-    routes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE)
+    routes = light.Socket(light.AF_NETLINK, light.SOCK_RAW, _NETLINK_ROUTE)
     routes.bind((0, _RTMGRP_IPV4_ROUTE))
     return routes
 
@@ -158,7 +157,7 @@ def has_route() -> bool:
     return any(line.split()[1:2] == ["00000000"] and line.split()[0] != "lo" for line in lines)
 
 
-def serve(user: int, net: int, library: str, rules: str, channel: socket.socket) -> None:
+def serve(user: int, net: int, library: str, rules: str, channel: light.Socket) -> None:
     """The process's whole life: set up, answer with the sockets or with what failed, then take requests.
 
     Requests are `route`, whether there is a way out, and `nft` with commands after it; answers are `yes`, `no` and
@@ -168,7 +167,7 @@ def serve(user: int, net: int, library: str, rules: str, channel: socket.socket)
         namespace.join(user, net)
         nft = _configure(library, rules)
         sockets = [*_dns_sockets(), _log_socket(), _route_socket()]
-        socket.send_fds(channel, [b"yes"], [sock.fileno() for sock in sockets])
+        light.send_fds(channel, b"yes", [sock.fileno() for sock in sockets])
         for sock in sockets:
             sock.close()
     except OSError as error:

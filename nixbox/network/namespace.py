@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import struct
 import sys
 
-from nixbox import linux
-from nixbox.errors import HostError
+from nixbox import light, linux
 from nixbox.network import policy
 from nixbox.plan.network import NETWORK_MTU
 from nixbox.values import dataclass
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from nixbox.errors import HostError
     from nixbox.programs import Programs
 
 _TUNSETIFF = 0x400454CA  # linux/if_tun.h
@@ -71,11 +70,11 @@ def of_process(pid: int) -> tuple[int, int]:
 
 def create(programs: Programs | None = None) -> Namespace:
     """Make both namespaces and the TAP device. Raises HostError that says what this host does not allow."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = light.socket_pair(light.SOCK_SEQPACKET)
     with ours, theirs:
         wait = _forked(programs, theirs) if programs is not None and programs.waits else _fork(ours, theirs)
         theirs.close()
-        words, fds, _, _ = socket.recv_fds(ours, 200, 3, socket.MSG_CMSG_CLOEXEC)
+        words, fds = light.receive_fds(ours, 200, 3, light.MSG_CMSG_CLOEXEC)
         wait()
     if len(fds) == 3:
         return Namespace(*fds)
@@ -83,7 +82,7 @@ def create(programs: Programs | None = None) -> Namespace:
     raise _explained(step, why or "it does not say why")
 
 
-def _forked(programs: Programs, theirs: socket.socket) -> Callable[[], object]:
+def _forked(programs: Programs, theirs: light.Socket) -> Callable[[], object]:
     """Namespaces are entered for good, so another process does it: one that has less memory to share than we have."""
     fd = theirs.fileno()
     child = programs.start(__name__, "nixbox-namespace", [str(fd)], pass_fds=(fd,))
@@ -93,7 +92,7 @@ def _forked(programs: Programs, theirs: socket.socket) -> Callable[[], object]:
     return child.wait
 
 
-def _fork(ours: socket.socket, theirs: socket.socket) -> Callable[[], object]:
+def _fork(ours: light.Socket, theirs: light.Socket) -> Callable[[], object]:
     child = os.fork()
     if child == 0:
         code = 1
@@ -108,11 +107,13 @@ def _fork(ours: socket.socket, theirs: socket.socket) -> Callable[[], object]:
 
 def main() -> None:
     """`namespace FD`: make them, and send them over that socket."""
-    with socket.socket(fileno=int(sys.argv[-1])) as answer:
+    with light.Socket(fileno=int(sys.argv[-1])) as answer:
         _make(answer)
 
 
 def _explained(step: str, why: str) -> HostError:
+    from nixbox.errors import HostError  # not for those who only make one: it brings `enum`
+
     if step == "tun":
         return HostError(
             f"no network device can be made for a machine: /dev/net/tun: {why}",
@@ -126,7 +127,7 @@ def _explained(step: str, why: str) -> HostError:
     )
 
 
-def _make(answer: socket.socket) -> None:
+def _make(answer: light.Socket) -> None:
     """In the child: enter new namespaces, make the device, and send all three."""
     step = "namespace"
     try:
@@ -135,9 +136,9 @@ def _make(answer: socket.socket) -> None:
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
         fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", policy.DEVICE.encode(), flags))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:  # before any hypervisor asks for it
+        with light.Socket(light.AF_INET, light.SOCK_DGRAM) as sock:  # before any hypervisor asks for it
             fcntl.ioctl(sock, _SIOCSIFMTU, struct.pack("16si20x", policy.DEVICE.encode(), NETWORK_MTU))
         user, net = of_process(os.getpid())
-        socket.send_fds(answer, [b"done"], [user, net, tap])
+        light.send_fds(answer, b"done", [user, net, tap])
     except OSError as error:
         answer.send(f"{step} {error.strerror}".encode())

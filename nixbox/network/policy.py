@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
-
 from nixbox.plan.network import GUEST_ADDRESS, GUEST_SHELL_PORT, Policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ipaddress
+    from collections.abc import Iterable
 
 # The same in every machine: each has a network namespace of its own.
 DEVICE = "tap0"
@@ -30,12 +28,16 @@ PRIVATE = (
 )
 
 
-@functools.cache
-def _private() -> tuple[ipaddress.IPv4Network, ...]:
-    """PRIVATE's blocks, when an address is looked at: a start waits for who imports this, and looks at none."""
-    import ipaddress
+_blocks: list[ipaddress.IPv4Network] = []
 
-    return tuple(ipaddress.IPv4Network(block) for block in PRIVATE)
+
+def _private() -> list[ipaddress.IPv4Network]:
+    """PRIVATE's blocks, when an address is looked at: a start waits for who imports this, and looks at none."""
+    if not _blocks:
+        import ipaddress
+
+        _blocks[:] = [ipaddress.IPv4Network(block) for block in PRIVATE]
+    return _blocks
 
 
 def resolves(policy: Policy, name: str) -> bool:

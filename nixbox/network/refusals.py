@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Iterator
 
 from nixbox.values import asdict, dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _LIMIT_BYTES = 1 << 20

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import struct
 import time
 
+from nixbox import light
 from nixbox.network import dns
 
 TYPE_CHECKING = False
@@ -51,7 +50,7 @@ def parse_resolv_conf(text: str) -> tuple[str, ...]:
     for line in text.splitlines():
         words = line.split()
         if len(words) >= 2 and words[0] == "nameserver":
-            with contextlib.suppress(ValueError):
+            with light.suppress(ValueError):
                 ipaddress.ip_address(words[1].partition("%")[0])
                 found.append(words[1])
     return tuple(found[:_MOST_SERVERS])
@@ -61,7 +60,7 @@ def resolve(question: dns.Question, servers: tuple[str, ...], longest_s: int, po
     """Ask one server after the other, twice; None when none answers."""
     for _ in range(_TRIES):
         for server in servers:
-            with contextlib.suppress(OSError):
+            with light.suppress(OSError):
                 answer = _by_udp(question, server, port, longest_s)
                 if answer is not None and answer.cut:
                     answer = _by_tcp(question, server, port, longest_s)
@@ -70,9 +69,9 @@ def resolve(question: dns.Question, servers: tuple[str, ...], longest_s: int, po
     return None
 
 
-def _connected(kind: socket.SocketKind, server: str, port: int, timeout_s: float) -> socket.socket:
-    info = socket.getaddrinfo(server, port, type=kind, flags=socket.AI_NUMERICHOST)[0]
-    sock = socket.socket(info[0], kind)
+def _connected(kind: int, server: str, port: int, timeout_s: float) -> light.Socket:
+    info = light.getaddrinfo(server, port, type=kind, flags=light.AI_NUMERICHOST)[0]
+    sock = light.Socket(info[0], kind)
     try:
         sock.settimeout(timeout_s)
         sock.connect(info[4])
@@ -84,20 +83,20 @@ def _connected(kind: socket.SocketKind, server: str, port: int, timeout_s: float
 
 def _by_udp(question: dns.Question, server: str, port: int, longest_s: int) -> dns.Answer | None:
     # A socket of its own for each question: another source port each time, and only that server's answers reach it.
-    with _connected(socket.SOCK_DGRAM, server, port, _UDP_TIMEOUT_S) as sock:
+    with _connected(light.SOCK_DGRAM, server, port, _UDP_TIMEOUT_S) as sock:
         ident, message = question.query()
         sock.send(message)
         end = time.monotonic() + _UDP_TIMEOUT_S
         while (left := end - time.monotonic()) > 0:
             sock.settimeout(left)
             data = sock.recv(dns.LONGEST)
-            with contextlib.suppress(ValueError):  # somebody's guess, or a server that is confused
+            with light.suppress(ValueError):  # somebody's guess, or a server that is confused
                 return dns.parse_answer(question, ident, data, longest_s)
     return None
 
 
 def _by_tcp(question: dns.Question, server: str, port: int, longest_s: int) -> dns.Answer | None:
-    with _connected(socket.SOCK_STREAM, server, port, _TCP_TIMEOUT_S) as sock:
+    with _connected(light.SOCK_STREAM, server, port, _TCP_TIMEOUT_S) as sock:
         ident, message = question.query()
         sock.sendall(struct.pack("!H", len(message)) + message)
         data = read_message(sock)
@@ -109,13 +108,13 @@ def _by_tcp(question: dns.Question, server: str, port: int, longest_s: int) -> d
         return None
 
 
-def read_message(sock: socket.socket) -> bytes | None:
+def read_message(sock: light.Socket) -> bytes | None:
     """One message with its length before it (RFC 1035, 4.2.2); None at the end of the stream. Raises OSError."""
     head = _exactly(sock, 2)
     return _exactly(sock, int.from_bytes(head, "big")) if head is not None else None
 
 
-def _exactly(sock: socket.socket, size: int) -> bytes | None:
+def _exactly(sock: light.Socket, size: int) -> bytes | None:
     data = b""
     while len(data) < size:
         more = sock.recv(size - len(data))

@@ -45,6 +45,7 @@ RANKS = {
     "ed25519": 0,
     "sparse": 0,
     "trees": 0,
+    "light": -1,  # less of the standard library
     "digests": -1,  # a way to hash
     "values": -1,  # a way to write classes
 }

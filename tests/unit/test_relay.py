@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nixbox import light
 from nixbox.guest import control
 from nixbox.guest.control import Control, Go
 from nixbox.machine import relay
@@ -378,7 +379,7 @@ def test_shells_do_not_wait_for_each_other(shells: Shells) -> None:
 def test_a_sleeping_guest_is_asked_again_soon_and_then_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     timeouts: list[float] = []
 
-    class Sleeping(socket.socket):
+    class Sleeping(light.Socket):
         def settimeout(self, value: float | None) -> None:
             if value is not None:
                 timeouts.append(value)
@@ -388,6 +389,6 @@ def test_a_sleeping_guest_is_asked_again_soon_and_then_seldom(monkeypatch: pytes
                 raise TimeoutError
 
     monkeypatch.setattr(relay, "time", clock(lambda: None))
-    monkeypatch.setattr(socket, "socket", Sleeping)
+    monkeypatch.setattr(light, "Socket", Sleeping)
     relay._connected(("127.0.0.1", 2)).close()
     assert timeouts == [0.02, 0.04, 0.08, 0.16, 0.32, 1.0, 1.0, 1.0, 1.0]

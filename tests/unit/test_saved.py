@@ -354,19 +354,30 @@ def test_a_source_that_shrinks_leaves_the_target(pair: tuple[Path, Path], monkey
 
 
 @pytest.mark.parametrize(
-    ("error", "raised"),
-    [(OSError(errno.ENOSPC, "No space left on device"), NixboxError), (KeyboardInterrupt(), KeyboardInterrupt)],
-    ids=["full", "interrupted"],
+    ("error", "raised", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), NixboxError, "no space left to write .*/target"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), NixboxError, "no space left to write .*/target"),
+        (OSError(errno.EIO, "Input/output error"), NixboxError, "cannot copy .*/source to .*/target: Input/output"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["full", "quota", "broken", "interrupted"],
 )
 def test_a_copy_that_fails_leaves_the_target(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    raised: type[BaseException],
+    words: str | None,
 ) -> None:
     def fail() -> None:
         raise error
 
     sendfile_fails(monkeypatch, fail)
-    with pytest.raises(raised):
-        saved.copy(*pair)
+    with pair[0].open("rb") as opened, pytest.raises(raised, match=words) as failed:
+        saved.copy(Path(f"/proc/self/fd/{opened.fileno()}"), pair[1])  # as a template's disk is given
+    if isinstance(failed.value, NixboxError) and "no space" in failed.value.message:
+        assert failed.value.hint == "free some space and try again"
     check_untouched(pair[1])
 
 
