@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from nixbox import paths, trees
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from nixbox.config.schema import UserSettings
     from nixbox.config.sources import Sources
+
+_MOST = 250  # of a few KiB each
 
 
 def load(workspace: Path, overrides: Overrides | None = None, sources: Sources | None = None) -> Loaded:
@@ -70,7 +73,16 @@ def _fresh(kept: Path, workspace: Path, overrides: Overrides, sources: Sources |
         paths.cache_dir().mkdir(parents=True, exist_ok=True)
         paths.private_dir(kept.parent)
         paths.write_atomic(kept, json.dumps(data, default=str), mode=0o600)
+        _bound(kept.parent)
     return loaded
+
+
+def _bound(directory: Path) -> None:
+    """Keep the newest _MOST: there is one for each workspace and way to be called, and none tells it is no use."""
+    found = [(entry.stat().st_mtime_ns, entry.path) for entry in os.scandir(directory)]
+    if len(found) > _MOST:
+        for _, path in sorted(found, reverse=True)[_MOST:]:
+            Path(path).unlink(missing_ok=True)
 
 
 def _digest(loaded: Loaded) -> str | None:

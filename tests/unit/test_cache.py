@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,21 @@ def test_a_cache_that_cannot_be_written_is_none(
     (tmp_path / "cache/nixbox").mkdir(mode=0o700)
     (tmp_path / "cache/nixbox/config").write_text("in the way")
     assert cache.load(workspace).settings.name == "web"
+
+
+def test_the_newest_are_kept(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MOST", 3)
+    cache.load(workspace)
+    directory = tmp_path / "cache/nixbox/config"
+    for number in range(5):
+        old = directory / f"{number:024}.json"
+        old.write_text("{}")
+        os.utime(old, (number + 1, number + 1))
+    (first,) = (path for path in kept(tmp_path) if not path.name.startswith("0000"))
+    cache.load(workspace, Overrides(profile="dev"))
+    left = {path.name for path in kept(tmp_path)}
+    assert len(left) == 3 and {first.name, f"{4:024}.json"} < left
+    reads = counted(monkeypatch)
+    cache.load(workspace)
+    cache.load(workspace, Overrides(profile="dev"))
+    assert reads == []
