@@ -1,4 +1,4 @@
-"""Ed25519 (RFC 8032) by OpenSSL's libcrypto, which OpenSSH uses as well: public halves, signatures, checks.
+"""Ed25519 (RFC 8032) by OpenSSL's libcrypto, which Python has loaded anyway: public halves, signatures, checks.
 
 The private half of a key is 32 random bytes. Every function may raise Missing: where there is no libcrypto with them.
 """
@@ -25,19 +25,8 @@ class Missing(Exception):
 
 @functools.cache
 def _libcrypto() -> ctypes.CDLL:
-    found = _loaded()
-    if found is None:
-        # A Python that has it where other programs do not look for theirs (Nix's, for one) has loaded it with this.
-        # Not at once: that takes half as long as the library itself.
-        with contextlib.suppress(ImportError):
-            import _hashlib  # noqa: F401
-        found = _loaded()
-    if found is None:
-        raise Missing(f"none of {', '.join(_NAMES)} has Ed25519")
-    return found
-
-
-def _loaded() -> ctypes.CDLL | None:
+    with contextlib.suppress(ImportError):
+        import _hashlib  # noqa: F401 - with it the library is loaded already, wherever this Python has it
     pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     # openssl/evp.h
     functions: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -59,7 +48,7 @@ def _loaded() -> ctypes.CDLL | None:
                 symbol = getattr(lib, function)
                 symbol.restype, symbol.argtypes = result, arguments
             return lib
-    return None
+    raise Missing(f"none of {', '.join(_NAMES)} has Ed25519")
 
 
 class _Key:

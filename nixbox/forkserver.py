@@ -37,7 +37,7 @@ def main() -> None:
     for fd in (0, 1):
         os.dup2(nothing, fd)
     while True:
-        data, fds = light.receive_fds(orders, _ORDER_BYTES, linux.MOST_FDS, light.MSG_CMSG_CLOEXEC)
+        data, fds = light.receive_fds(orders, _ORDER_BYTES, linux.MOST_FDS)
         if not data:
             os._exit(0)
         order = marshal.loads(data)  # noqa: S302 (of programs.Programs, which started it)

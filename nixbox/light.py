@@ -7,6 +7,7 @@ modules of the interpreter's that are compiled, and that are used here. See docs
 from __future__ import annotations
 
 import _socket
+import os
 import struct
 from _socket import *  # noqa: F403 (constants and functions, as `socket` has them)
 
@@ -20,6 +21,7 @@ else:
 
 __all__ = ["SIGINT", "SIGKILL", "SIGPIPE", "SIGTERM", "SIG_DFL", "SIG_IGN", "signal"]  # for others to have from here
 _INT = struct.calcsize("i")
+_CLOEXEC = getattr(_socket, "MSG_CMSG_CLOEXEC", 0)  # not on macOS
 
 
 class Socket(_socket.socket):
@@ -34,7 +36,7 @@ class Socket(_socket.socket):
     def accept(self) -> tuple[Socket, Any]:
         """The next connection, and who made it. Raises OSError."""
         fd, address = self._accept()  # type: ignore[attr-defined]
-        return Socket(fileno=fd), address
+        return Socket(self.family, self.type, self.proto, fd), address
 
 
 def socket_pair(kind: int) -> tuple[Socket, Socket]:
@@ -48,14 +50,21 @@ def send_fds(sock: _socket.socket, data: bytes, fds: Sequence[int]) -> None:
     sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))])
 
 
-def receive_fds(sock: _socket.socket, size: int, most: int, flags: int = 0) -> tuple[bytes, list[int]]:
-    """`socket.recv_fds`: at most `size` bytes, and `most` descriptors. Raises OSError."""
-    data, ancillary, _, _ = sock.recvmsg(size, _socket.CMSG_LEN(most * _INT), flags)
+def receive_fds(sock: _socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """At most `size` bytes, and at most `most` descriptors that no program inherits. Raises OSError, also for more.
+
+    (`socket.recv_fds` ignores the flag for the one, CPython's issue 107898, and leaves the other to who calls it.)
+    """
+    data, ancillary, said, _ = sock.recvmsg(size, _socket.CMSG_LEN(most * _INT), _CLOEXEC)
     fds: list[int] = []
     for level, kind, content in ancillary:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
             count = len(content) // _INT  # one that did not fit may be cut
             fds += struct.unpack(f"{count}i", content[: count * _INT])
+    if said & _socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError("more descriptors came than were asked for")
     return data, fds
 
 

@@ -292,6 +292,9 @@ def require_space(directory: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # how a full disk, or a used up quota, is told
+
+
 def no_space(path: Path) -> NixboxError:
     """What to raise for a file that a full disk kept from being written."""
     return NixboxError(f"no space left to write {path}", hint="free some space and try again")
@@ -327,6 +330,6 @@ def write_atomic(path: Path, text: str, mode: int = 0o644, *, synced: bool = Tru
             _sync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise no_space(path) from None
         raise

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nixbox import run
+from nixbox import light, run
 from nixbox.errors import HostError
 
 TYPE_CHECKING = False
@@ -151,7 +151,7 @@ class Programs:
                 socket.send_fds(orders, [order], [stdin, stdout, errors, *pass_fds])
                 if not select.select([orders], [], [], _ANSWER_TIMEOUT_S)[0]:
                     raise HostError(f"the process that `{label}` is to come from does not answer", hint="try again")
-                answer, fds, _, _ = socket.recv_fds(orders, 100, 1, socket.MSG_CMSG_CLOEXEC)
+                answer, fds = light.receive_fds(orders, 100, 1)
             except OSError:
                 return None
             if not answer:

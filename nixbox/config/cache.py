@@ -73,15 +73,16 @@ def _fresh(kept: Path, workspace: Path, overrides: Overrides, sources: Sources |
         paths.cache_dir().mkdir(parents=True, exist_ok=True)
         paths.private_dir(kept.parent)
         paths.write_atomic(kept, json.dumps(data, default=str), mode=0o600)
-        _bound(kept.parent)
+        _bound(kept)
     return loaded
 
 
-def _bound(directory: Path) -> None:
-    """Keep the newest _MOST: there is one for each workspace and way to be called, and none tells it is no use."""
-    found = [(entry.stat().st_mtime_ns, entry.path) for entry in os.scandir(directory)]
+def _bound(written: Path) -> None:
+    """Keep what was just written and the newest others, _MOST in all: nothing tells which are of no use any more."""
+    found = [(entry.stat(follow_symlinks=False).st_mtime_ns, entry.path) for entry in os.scandir(written.parent)]
     if len(found) > _MOST:
-        for _, path in sorted(found, reverse=True)[_MOST:]:
+        others = sorted(((at, path) for at, path in found if path != str(written)), reverse=True)
+        for _, path in others[_MOST - 1 :]:
             Path(path).unlink(missing_ok=True)
 
 

@@ -11,7 +11,6 @@ hash, where the caller has one. See docs/decisions/031-image-archives.md.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import platform
@@ -134,7 +133,7 @@ def _whole(target: Path) -> Iterator[BinaryIO]:
         Path(name).replace(target)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in paths.FULL:
             raise paths.no_space(target) from None
         raise
 
@@ -211,7 +210,7 @@ def _full_disk(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in paths.FULL:
             raise NixboxError(f"no space left on the disk of {place}", hint="free some space and try again") from None
         raise
 

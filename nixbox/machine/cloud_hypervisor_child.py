@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nixbox import linux, run
+from nixbox import light, linux, run
 from nixbox.errors import NixboxError
 from nixbox.machine import relay
 from nixbox.machine.cloud_hypervisor_api import Api
@@ -129,7 +129,7 @@ class Launcher:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):  # one that has gone, or says nothing
                 client.settimeout(_CLIENT_TIMEOUT_S)
-                data, fds, _, _ = socket.recv_fds(client, _REQUEST_LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+                data, fds = light.receive_fds(client, _REQUEST_LIMIT, 1)
                 try:
                     answer = self._do(json.loads(data), fds)
                 except (NixboxError, OSError, LookupError, ValueError) as error:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from nixbox import light
 from nixbox.errors import NixboxError
 
 # docs/interop/vhost-user.rst in QEMU's source: request, flags, and the size of what follows; the host's byte order.
@@ -105,10 +106,8 @@ def _exactly(source: socket.socket, size: int, fds: list[int]) -> bytes:
     """So many bytes, and into `fds` what descriptors come with them. Raises OSError, also at the end."""
     data = b""
     while len(data) < size:
-        part, came, flags, _ = socket.recv_fds(source, size - len(data), _FDS_LIMIT, socket.MSG_CMSG_CLOEXEC)
+        part, came = light.receive_fds(source, size - len(data), _FDS_LIMIT)
         fds += came
-        if flags & socket.MSG_CTRUNC:
-            raise OSError("descriptors were lost")
         if not part:
             raise ConnectionResetError("the other end closed")
         data += part

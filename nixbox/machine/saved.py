@@ -9,7 +9,6 @@ the same: what is saved here can be made again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -123,10 +122,10 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(new.fileno())
         temporary.replace(target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in paths.FULL:
             raise paths.no_space(target) from None
-        # Resolved: who gives a descriptor (/proc/self/fd) knows what it is by its name.
-        raise NixboxError(f"cannot copy {source.resolve()} to {target}: {error.strerror}") from None
+        # The path of a descriptor (/proc/self/fd) says nothing. Not Path.resolve, which may fail.
+        raise NixboxError(f"cannot copy {os.path.realpath(source)} to {target}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -209,15 +209,22 @@ class Guard:
             if self._answering == _MOST_QUESTIONS:
                 return False
             self._answering += 1
-        _thread.start_new_thread(self._in_thread, (answer, arguments))
+        try:
+            _thread.start_new_thread(self._in_thread, (answer, arguments))
+        except RuntimeError:  # this user may have no more (RLIMIT_NPROC, pids.max)
+            self._answered()
+            return False
         return True
 
     def _in_thread(self, answer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         try:
             answer(*arguments)
         finally:
-            with self._counting:
-                self._answering -= 1
+            self._answered()
+
+    def _answered(self) -> None:
+        with self._counting:
+            self._answering -= 1
 
     def _answer_udp(self, data: bytes, asker: Any) -> None:
         try:
@@ -281,7 +288,7 @@ class Guard:
         with client:
             client.settimeout(1.0)
             with light.suppress(OSError, ValueError, KeyError):
-                data, fds = light.receive_fds(client, 1 << 16, _MOST_FDS, light.MSG_CMSG_CLOEXEC)
+                data, fds = light.receive_fds(client, 1 << 16, _MOST_FDS)
                 import json  # of no use until somebody asks
 
                 request = json.loads(data)

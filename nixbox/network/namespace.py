@@ -74,7 +74,7 @@ def create(programs: Programs | None = None) -> Namespace:
     with ours, theirs:
         wait = _forked(programs, theirs) if programs is not None and programs.waits else _fork(ours, theirs)
         theirs.close()
-        words, fds = light.receive_fds(ours, 200, 3, light.MSG_CMSG_CLOEXEC)
+        words, fds = light.receive_fds(ours, 200, 3)
         wait()
     if len(fds) == 3:
         return Namespace(*fds)

@@ -68,24 +68,6 @@ def looked_for_anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("looked_for_anew")
-def test_a_python_with_a_library_of_its_own_is_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that nobody else would find: it is there as soon as Python has loaded it."""
-    real, tried = ctypes.CDLL, []
-
-    def not_before_python_has_it(name: str) -> ctypes.CDLL:
-        tried.append("_hashlib" in sys.modules)
-        if not tried[-1]:
-            raise OSError(f"{name}: cannot open shared object file")
-        return real(name)
-
-    monkeypatch.delitem(sys.modules, "_hashlib", raising=False)
-    monkeypatch.setattr(ctypes, "CDLL", not_before_python_has_it)
-    seed, public, *_ = VECTORS[0]
-    assert ed25519.public_half(bytes.fromhex(seed)).hex() == public
-    assert tried[0] is False and tried[-1] is True
-
-
-@pytest.mark.usefixtures("looked_for_anew")
 def test_no_library_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(name: str) -> ctypes.CDLL:
         raise OSError(f"{name}: cannot open shared object file")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nixbox.errors import ConfigError, NixboxError
-from nixbox.network import dns, policy, refusals, upstream
+from nixbox.network import dns, guard, policy, refusals, upstream
 from nixbox.plan.network import Policy
 from nixbox.session import net, ports
 
+HANG_S = 10.0
 LABEL = st.text("abcxyz019-", min_size=1, max_size=12)
 NAME = st.lists(LABEL, min_size=1, max_size=5).map(".".join)
 
@@ -292,3 +295,44 @@ def test_domains_are_written_beside_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(NixboxError, match="cannot be changed"):
         net.write_domains(config, ["c.example"])
     assert config.read_text() == "network = 1\n"
+
+
+# --- the guard's threads ---
+
+
+@pytest.fixture
+def a_guard(tmp_path: Path) -> guard.Guard:
+    settings = {"policy": Policy("off").as_json(), "pasta": [], "nftables": "", "runtime": str(tmp_path)}
+    return guard.Guard(settings | {"log": str(tmp_path / "net.log")}, -1, -1, -1)
+
+
+def test_no_more_questions_at_a_time_than_there_may_be(a_guard: guard.Guard) -> None:
+    going_on, answered = threading.Event(), threading.Semaphore(0)
+
+    def answer(number: int) -> None:
+        going_on.wait(HANG_S)
+        answered.release()
+        if number % 2:
+            raise SystemExit  # however it ends
+
+    for number in range(64):
+        assert a_guard._begin(answer, number)
+    assert not a_guard._begin(answer, 64)
+    going_on.set()
+    for _ in range(64):
+        assert answered.acquire(timeout=HANG_S)
+    end = time.monotonic() + HANG_S
+    while a_guard._answering and time.monotonic() < end:
+        time.sleep(0.001)
+    assert a_guard._answering == 0 and a_guard._begin(answer, 0)
+
+
+def test_a_question_that_no_thread_can_be_had_for_is_passed_over(
+    a_guard: guard.Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", none)
+    assert not a_guard._begin(lambda: None)
+    assert a_guard._answering == 0

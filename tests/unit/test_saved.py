@@ -345,6 +345,15 @@ def test_a_source_that_is_gone_leaves_the_target(pair: tuple[Path, Path]) -> Non
     check_untouched(target)
 
 
+def test_a_source_that_is_a_loop_leaves_the_target(pair: tuple[Path, Path]) -> None:
+    source, target = pair
+    source.unlink()
+    source.symlink_to(source)
+    with pytest.raises(NixboxError, match=r"cannot copy .*/source to .*/target: Too many levels"):
+        saved.copy(source, target)
+    check_untouched(target)
+
+
 def test_a_source_that_shrinks_leaves_the_target(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = pair
     sendfile_fails(monkeypatch, lambda: os.truncate(source, 10))
