@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nixbox import light, run
+from nixbox import run
 from nixbox.errors import HostError
 
 TYPE_CHECKING = False
@@ -137,6 +137,8 @@ class Programs:
         pass_fds: Sequence[int],
     ) -> Forked | None:
         """None: the one who waits is not there any more. Raises HostError when it does not answer."""
+        from nixbox import light  # as in _most_fds: it brings struct
+
         with ExitStack() as theirs, ExitStack() as undo:
             stdin, ours_in = os.pipe()
             theirs.callback(os.close, stdin)

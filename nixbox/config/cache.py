@@ -79,11 +79,10 @@ def _fresh(kept: Path, workspace: Path, overrides: Overrides, sources: Sources |
 
 def _bound(written: Path) -> None:
     """Keep what was just written and the newest others, _MOST in all: nothing tells which are of no use any more."""
-    found = [(entry.stat(follow_symlinks=False).st_mtime_ns, entry.path) for entry in os.scandir(written.parent)]
-    if len(found) > _MOST:
-        others = sorted(((at, path) for at, path in found if path != str(written)), reverse=True)
-        for _, path in others[_MOST - 1 :]:
-            Path(path).unlink(missing_ok=True)
+    others = [entry for entry in os.scandir(written.parent) if entry.name != written.name]
+    others.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime_ns, reverse=True)
+    for entry in others[_MOST - 1 :]:
+        Path(entry).unlink(missing_ok=True)
 
 
 def _digest(loaded: Loaded) -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from nixbox import paths
 from nixbox.errors import NixboxError, TimeoutExpired
 from nixbox.guest import inside
 from nixbox.guest.tarwrite import BLOCK
@@ -456,7 +457,7 @@ def _words(member: Member, error: OSError) -> NixboxError:
             f"{name!r} would be written through a symbolic link, or through something that is no directory",
             hint="copy to a new directory",
         )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in paths.FULL:
         return NixboxError(f"no space left on this host for {name!r}", hint="free some space and try again")
     if error.errno == errno.EISDIR:
         return NixboxError(f"{name!r} is a directory here, and a file in the guest", hint="move it away first")

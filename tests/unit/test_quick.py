@@ -237,5 +237,5 @@ def test_a_short_command_imports_little(tmp_path: Path) -> None:
         )
         assert "there is no machine `box`" in said.stderr
     heavy = {"typer", "typing", "tomllib", "tempfile", "ctypes", "inspect", "dataclasses", "pydantic", "platform"}
-    heavy |= {"shutil", "bz2", "hashlib", "_hashlib"}
+    heavy |= {"shutil", "bz2", "hashlib", "_hashlib", "struct", "nixbox.light"}
     assert heavy & set(said.stdout.split()) == set()
